@@ -1,0 +1,30 @@
+"""Errors that a person can act on.
+
+Invariant: whatever the user got wrong is reported in one sentence that names the setting at fault, with
+exit code 2 and nothing half-started; a traceback is only ever shown for our own defects.
+"""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+
+
+class SlipstreamError(Exception):
+    """Base class of every error that Slipstream raises on purpose."""
+
+
+class UserError(SlipstreamError):
+    """Bad input: the message is one sentence that names the setting and, where possible, what would be valid.
+
+    Args:
+        message: one sentence, without a trailing newline.
+        setting: dotted name of the recipe key or command-line option at fault, or None.
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(f"{setting}: {message}" if setting else message)
+        self.setting = setting
+
+
+class RunFailedError(SlipstreamError):
+    """A run ended on an error that a restart does not cure; the message names the process and the cause."""
