@@ -1,0 +1,182 @@
+"""Read a recipe: TOML files that extend one another, then command-line overrides, then validation.
+
+Invariant: whatever is wrong is reported as one `UserError` that names the key and what would be valid; the
+order of precedence is override > file > the file it extends > defaults of the schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from common.errors import UserError
+from common.recipe.schema import Recipe
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = REPOSITORY / "recipes"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the bare name of one in recipes/ ("demo").
+
+    Raises:
+        UserError: no such file; the message lists the recipes that exist.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    shipped = RECIPES / (path.name if path.suffix == ".toml" else f"{name}.toml")
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))) or "none"
+    raise UserError(f"recipe '{name}' is neither a TOML file nor one of the shipped recipes: {names}.")
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Load and validate a training recipe; `overrides` are "section.key=value" strings (TOML values)."""
+    path = find_recipe(name)
+    recipe = load_toml_model(Recipe, path, overrides)
+    if recipe.run.name is None:
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
+    return recipe
+
+
+def load_toml_model(
+    model: type[Model], path: Path, overrides: Iterable[str] = (), *, ignore: Iterable[str] = ()
+) -> Model:
+    """Read TOML with `extends`, apply overrides, validate against a strict pydantic model.
+
+    Args:
+        model: the schema; it should forbid extra keys.
+        path: TOML file; its `extends` (a path relative to it, or a shipped recipe's name) is merged below it.
+        overrides: "a.b=value" strings; the value is read as TOML, or as a bare string if it is not TOML.
+        ignore: top-level tables that belong to another schema and are left out.
+
+    Raises:
+        UserError: unreadable file, bad TOML, circular `extends`, unknown key, wrong type, contradiction.
+    """
+    tree = _read_with_parents(path, seen=())
+    for text in overrides:
+        _apply_override(tree, text)
+    for name in ignore:
+        tree.pop(name, None)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, model) from None
+
+
+def resolved_toml(recipe: BaseModel) -> str:
+    """The complete recipe, defaults included, as TOML: what `check` prints and a run folder keeps."""
+    lines: list[str] = []
+    _write_table(recipe.model_dump(mode="json", exclude_none=True), (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _write_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    plain = {k: v for k, v in table.items() if not isinstance(v, Mapping)}
+    if path and plain:
+        lines.extend(["", f"[{'.'.join(path)}]"])
+    lines.extend(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items())
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            _write_table(value, (*path, _toml_key(key)), lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _toml_value(value: Any) -> str:
+    # A JSON string, number, boolean or array of these is also TOML, except for arrays of tables.
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return "[" + ", ".join(_inline_table(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _inline_table(table: Mapping[str, Any]) -> str:
+    return "{ " + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in table.items()) + " }"
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(
+            f"{path} extends itself, by way of {', '.join(p.name for p in seen)}.", setting="extends"
+        )
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}.") from None
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise UserError(f"must be the name of one recipe, in {path}.", setting="extends")
+    beside = path.parent / parent
+    parent_path = beside if beside.is_file() else find_recipe(parent)
+    return _merge(_read_with_parents(parent_path, (*seen, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    name, separator, raw = text.partition("=")
+    keys = [part.strip() for part in name.split(".")]
+    if not separator or not all(keys):
+        raise UserError(f"'{text}' is not of the form section.key=value.", setting="--set")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    table = tree
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise UserError(f"'{name}' goes through '{key}', which is not a table.", setting="--set")
+    table[keys[-1]] = value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> UserError:
+    """The first defect as a sentence: the dotted key, what is wrong, what would be valid."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    setting = ".".join(location) or None
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys(model, location[:-1])
+        close = difflib.get_close_matches(location[-1], valid, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        return UserError(f"unknown key; {hint}valid here: {', '.join(valid)}.", setting=setting)
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    given = first.get("input")
+    if first["type"] not in {"value_error", "missing"} and not isinstance(given, dict):
+        message += f" (given: {given!r})"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return UserError(f"{message}{more}.", setting=setting)
+
+
+def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    fields: Any = model
+    for part in location:
+        annotation = fields.model_fields[part].annotation if part in fields.model_fields else None
+        arguments = [annotation, *getattr(annotation, "__args__", ())]
+        inner = next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if inner is None:
+            return []
+        fields = inner
+    return list(fields.model_fields)
