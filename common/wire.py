@@ -1,0 +1,252 @@
+"""The peer's side of the wire: a DEALER connection to the broker that asks until it is answered.
+
+Invariant: a request is answered exactly once to its caller, or the caller gets an error that says why; no wait
+is without a deadline unless the caller asks for that, and then it says every few seconds whom it waits for.
+Requests are idempotent, so a lost reply, a restarted broker or a reconnect are all cured the same way: say
+Hello again if the broker does not know us, and send the same request once more.
+
+Frames: [header, *payload]; the header is `common.messages.encode`. Sockets have finite high-water marks and
+LINGER 0, so that a process can always leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import zmq
+import zmq.asyncio
+
+from common import keys as curve
+from common.errors import SlipstreamError, UserError
+from common.messages import Hello, MalformedMessage, Message, Refused, Welcome, decode, encode
+
+log = logging.getLogger("slipstream.wire")
+
+HIGH_WATER_MARK = 1000
+ATTEMPT_S = 5.0
+NOTICE_S = 10.0
+
+Buffers = Sequence[bytes | memoryview]
+
+
+class Reply(NamedTuple):
+    """An answer: the message and its payload buffers (zero-copy views of the frames)."""
+
+    message: Message
+    payload: list[memoryview]
+
+
+class RefusedError(SlipstreamError):
+    """The broker refused a request; `code` is for programs (see `messages.Refused`), the text for people."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.reason)
+        self.code = refused.code
+
+
+class BrokerUnreachable(SlipstreamError):  # noqa: N818 - a state of the world, not a defect
+    """No answer from the broker within the caller's deadline."""
+
+
+def _open_socket(context: zmq.Context, address: str, keys: Path | None) -> Any:
+    if "://" not in address:
+        address = f"tcp://{address}"
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    try:
+        if keys is not None:
+            curve.apply_client(socket, keys)
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise UserError(f"cannot connect to '{address}': {error}.", setting="--join") from None
+    return socket
+
+
+def _read(frames: list[zmq.Frame]) -> tuple[Message, int, list[memoryview]] | None:
+    try:
+        message, request = decode(frames[0].buffer)
+    except MalformedMessage as error:
+        log.warning("ignored a malformed reply: %s", error)
+        return None
+    return message, request, [frame.buffer for frame in frames[1:]]
+
+
+class Client:
+    """A blocking connection, for one request at a time; callers of several threads take turns.
+
+    Args:
+        address: "host:port" or "tcp://host:port" of the broker.
+        hello: who we are; sent first, and again whenever the broker does not know us.
+        keys: folder of CURVE keys, or None on loopback without keys.
+    """
+
+    def __init__(self, address: str, hello: Hello, *, keys: Path | None = None) -> None:
+        self.address = address
+        self.hello = hello
+        self._socket = _open_socket(zmq.Context.instance(), address, keys)
+        self._numbers = itertools.count(1)
+        self._turn = threading.Lock()
+
+    def connect(self, timeout_s: float | None = 30.0) -> Welcome:
+        """Say Hello; returns the broker's Welcome.
+
+        Raises:
+            RefusedError: the broker will not have us (another run, version or tokenizer).
+            BrokerUnreachable: no answer in time; None waits for ever and says so.
+        """
+        reply = self.request(self.hello, timeout_s=timeout_s)
+        assert isinstance(reply.message, Welcome)
+        return reply.message
+
+    def request(
+        self, message: Message, payload: Buffers = (), *, timeout_s: float | None = 60.0, hold_s: float = 0.0
+    ) -> Reply:
+        """Send a request and return its reply, sending again while no answer comes.
+
+        Args:
+            message: the request.
+            payload: raw buffers that follow the header.
+            timeout_s: seconds until `BrokerUnreachable`; None waits for ever.
+            hold_s: seconds that the broker may hold this request before it answers (long poll).
+
+        Raises:
+            RefusedError: the broker refused it. BrokerUnreachable: no answer in time.
+        """
+        with self._turn:
+            return self._request(message, payload, timeout_s, hold_s)
+
+    def _request(self, message: Message, payload: Buffers, timeout_s: float | None, hold_s: float) -> Reply:
+        started = time.monotonic()
+        notice = started + NOTICE_S + hold_s
+        while True:
+            number = next(self._numbers)
+            self._send([encode(message, number), *payload])
+            reply = self._await(number, self._attempt(started, timeout_s, hold_s))
+            if reply is None:
+                notice = self._still_waiting(message, started, timeout_s, notice)
+            elif isinstance(reply.message, Refused):
+                if reply.message.code != "unknown_peer" or isinstance(message, Hello):
+                    raise RefusedError(reply.message)
+                self._request(self.hello, (), timeout_s, 0.0)
+            else:
+                return reply
+
+    @staticmethod
+    def _attempt(started: float, timeout_s: float | None, hold_s: float) -> float:
+        attempt = ATTEMPT_S + hold_s
+        if timeout_s is None:
+            return attempt
+        return max(0.0, min(attempt, started + timeout_s - time.monotonic()))
+
+    def _still_waiting(
+        self, message: Message, started: float, timeout_s: float | None, notice: float
+    ) -> float:
+        waited = time.monotonic() - started
+        if timeout_s is not None and waited >= timeout_s:
+            raise BrokerUnreachable(
+                f"no answer from the broker at {self.address} for {waited:.0f} s ({message.kind})"
+            )
+        if time.monotonic() < notice:
+            return notice
+        log.warning("waiting for the broker at %s for %.0f s (%s)", self.address, waited, message.kind)
+        return time.monotonic() + NOTICE_S
+
+    def _send(self, frames: list[Any]) -> None:
+        try:
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            time.sleep(0.05)  # no connection and the queue is full: the next attempt sends again
+
+    def _await(self, number: int, timeout_s: float) -> Reply | None:
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            if not self._socket.poll(int(left * 1000) + 1):
+                return None
+            read = _read(self._socket.recv_multipart(copy=False))
+            if read is not None and read[1] == number:
+                return Reply(read[0], read[2])
+        return None
+
+    def close(self) -> None:
+        """Close the socket at once; nothing is flushed."""
+        self._socket.close()
+
+
+class AsyncClient:
+    """The same for asyncio, with any number of requests in flight."""
+
+    def __init__(self, address: str, hello: Hello, *, keys: Path | None = None) -> None:
+        self.address = address
+        self.hello = hello
+        self._socket = _open_socket(zmq.asyncio.Context.instance(), address, keys)
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._introduction = asyncio.Lock()
+
+    async def connect(self, timeout_s: float | None = 30.0) -> Welcome:
+        """Say Hello; see `Client.connect`."""
+        reply = await self.request(self.hello, timeout_s=timeout_s)
+        assert isinstance(reply.message, Welcome)
+        return reply.message
+
+    async def request(
+        self, message: Message, payload: Buffers = (), *, timeout_s: float | None = 60.0, hold_s: float = 0.0
+    ) -> Reply:
+        """Send a request and return its reply; see `Client.request`."""
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read_replies(), name="wire-reader")
+        started = time.monotonic()
+        notice = started + NOTICE_S + hold_s
+        while True:
+            reply = await self._attempt(message, payload, Client._attempt(started, timeout_s, hold_s))
+            if reply is None:
+                notice = Client._still_waiting(self, message, started, timeout_s, notice)  # type: ignore[arg-type]
+            elif isinstance(reply.message, Refused):
+                if reply.message.code != "unknown_peer" or isinstance(message, Hello):
+                    raise RefusedError(reply.message)
+                async with self._introduction:
+                    await self.request(self.hello, timeout_s=timeout_s)
+            else:
+                return reply
+
+    async def _attempt(self, message: Message, payload: Buffers, timeout_s: float) -> Reply | None:
+        number = next(self._numbers)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._socket.send_multipart([encode(message, number), *payload], copy=False)
+                return await future
+        except TimeoutError:
+            return None
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _read_replies(self) -> None:
+        while True:
+            read = _read(await self._socket.recv_multipart(copy=False))
+            future = self._waiting.get(read[1]) if read else None
+            if read and future is not None and not future.done():
+                future.set_result(Reply(read[0], read[2]))
+
+    def close(self) -> None:
+        """Close at once; requests in flight are cancelled."""
+        if self._reader is not None:
+            self._reader.cancel()
+        for future in self._waiting.values():
+            future.cancel()
+        self._socket.close()
