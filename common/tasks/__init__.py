@@ -1,0 +1,1 @@
+"""What is asked and how it is asked: question sets, prompt templates, and tasks with their rewards."""
