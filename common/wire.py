@@ -84,6 +84,26 @@ def _read(frames: list[zmq.Frame]) -> tuple[Message, int, list[memoryview]] | No
     return message, request, [frame.buffer for frame in frames[1:]]
 
 
+def _attempt_seconds(started: float, timeout_s: float | None, hold_s: float) -> float:
+    attempt = ATTEMPT_S + hold_s
+    if timeout_s is None:
+        return attempt
+    return max(0.0, min(attempt, started + timeout_s - time.monotonic()))
+
+
+def _still_waiting(
+    address: str, message: Message, started: float, timeout_s: float | None, notice: float
+) -> float:
+    """Raise when the caller's time is up; else say now and then who is waited for, and when to say it next."""
+    waited = time.monotonic() - started
+    if timeout_s is not None and waited >= timeout_s:
+        raise BrokerUnreachable(f"no answer from the broker at {address} for {waited:.0f} s ({message.kind})")
+    if time.monotonic() < notice:
+        return notice
+    log.warning("waiting for the broker at %s for %.0f s (%s)", address, waited, message.kind)
+    return time.monotonic() + NOTICE_S
+
+
 class Client:
     """A blocking connection, for one request at a time; callers of several threads take turns.
 
@@ -134,35 +154,15 @@ class Client:
         while True:
             number = next(self._numbers)
             self._send([encode(message, number), *payload])
-            reply = self._await(number, self._attempt(started, timeout_s, hold_s))
+            reply = self._await(number, _attempt_seconds(started, timeout_s, hold_s))
             if reply is None:
-                notice = self._still_waiting(message, started, timeout_s, notice)
+                notice = _still_waiting(self.address, message, started, timeout_s, notice)
             elif isinstance(reply.message, Refused):
                 if reply.message.code != "unknown_peer" or isinstance(message, Hello):
                     raise RefusedError(reply.message)
                 self._request(self.hello, (), timeout_s, 0.0)
             else:
                 return reply
-
-    @staticmethod
-    def _attempt(started: float, timeout_s: float | None, hold_s: float) -> float:
-        attempt = ATTEMPT_S + hold_s
-        if timeout_s is None:
-            return attempt
-        return max(0.0, min(attempt, started + timeout_s - time.monotonic()))
-
-    def _still_waiting(
-        self, message: Message, started: float, timeout_s: float | None, notice: float
-    ) -> float:
-        waited = time.monotonic() - started
-        if timeout_s is not None and waited >= timeout_s:
-            raise BrokerUnreachable(
-                f"no answer from the broker at {self.address} for {waited:.0f} s ({message.kind})"
-            )
-        if time.monotonic() < notice:
-            return notice
-        log.warning("waiting for the broker at %s for %.0f s (%s)", self.address, waited, message.kind)
-        return time.monotonic() + NOTICE_S
 
     def _send(self, frames: list[Any]) -> None:
         try:
@@ -212,9 +212,9 @@ class AsyncClient:
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
         while True:
-            reply = await self._attempt(message, payload, Client._attempt(started, timeout_s, hold_s))
+            reply = await self._attempt(message, payload, _attempt_seconds(started, timeout_s, hold_s))
             if reply is None:
-                notice = Client._still_waiting(self, message, started, timeout_s, notice)  # type: ignore[arg-type]
+                notice = _still_waiting(self.address, message, started, timeout_s, notice)
             elif isinstance(reply.message, Refused):
                 if reply.message.code != "unknown_peer" or isinstance(message, Hello):
                     raise RefusedError(reply.message)
