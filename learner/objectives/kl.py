@@ -1,0 +1,54 @@
+"""Estimators of the Kullback-Leibler divergence from samples, and their two uses: loss term and reward penalty.
+
+Notation: x = log q − log p on tokens sampled from p. k1 = −x is unbiased and can be negative; k2 = x²/2 is
+biased with low variance; k3 = eˣ − 1 − x is unbiased and never negative (Schulman, "Approximating KL divergence",
+2020). All estimate KL(p ‖ q). As a loss term, p is the current policy and q the reference (GRPO, arXiv
+2402.03300, eq. 4, uses k3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from learner.objectives.choices import check_choice
+from learner.objectives.losses import MAX_LOG_RATIO
+from learner.objectives.segments import segment_sum
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(kind: str, logp: Tensor, logq: Tensor) -> Tensor:
+    """Estimate of KL(p ‖ q) per token, in nats.
+
+    Args:
+        logp, logq: [T], log-probabilities of tokens sampled from p.
+    """
+    check_choice("objective.kl_estimator", kind, KL_ESTIMATORS)
+    x = logq - logp
+    if kind == "k1":
+        return -x
+    if kind == "k2":
+        return 0.5 * x.square()
+    x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(x) - x
+
+
+def token_penalties(coefficient: float, logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """−coefficient × k1 per token [T]: what each step's reward loses (PPO with a KL penalty in the reward)."""
+    return -coefficient * kl_estimate("k1", logp, ref_logp).detach()
+
+
+def penalised_rewards(
+    rewards: Tensor, coefficient: float, logp: Tensor, ref_logp: Tensor, sequence: Tensor
+) -> Tensor:
+    """Sequence rewards minus coefficient × Σ_t k1, for the group baselines.
+
+    Args:
+        rewards: [n]; logp, ref_logp: [T]; sequence: [T] int64 in 0..n−1.
+
+    Returns:
+        [n].
+    """
+    penalties = token_penalties(coefficient, logp, ref_logp).to(rewards.dtype)
+    return rewards + segment_sum(penalties, sequence, rewards.shape[0])
