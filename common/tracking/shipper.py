@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,10 +184,8 @@ def ship_until_end(shipper: Shipper, finalise: Any, *, patience_s: float = 60.0)
 
 
 def _has_ended(spool: Path) -> bool:
-    last = None
-    for last in read_spool(spool):
-        pass
-    return last is not None and last.kind == "end"
+    newest = deque(read_spool(spool), maxlen=1)
+    return bool(newest) and newest[0].kind == "end"
 
 
 def _metrics(record: Record) -> list[Any]:
