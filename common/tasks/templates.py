@@ -40,7 +40,9 @@ _PRIME_ZERO = (
 )
 # The original is a pair of Jinja templates; Jinja drops the newline after the question.
 _OPEN_REASONER_ZERO = (
-    _R1_OPENING + _R1_RULES + " User: You must put your answer inside <answer> </answer> tags, i.e., <answer> "
+    _R1_OPENING
+    + _R1_RULES
+    + " User: You must put your answer inside <answer> </answer> tags, i.e., <answer> "
     "answer here </answer>. And your final answer will be extracted automatically by the \\boxed{} tag.\n"
     "This is the problem:\n{question}\nAssistant: <think>"
 )

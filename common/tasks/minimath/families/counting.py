@@ -29,7 +29,17 @@ def level2(rng: random.Random) -> Exercise:
 
 def level3(rng: random.Random) -> Exercise:
     n = rng.randint(4, 24)
-    what = rng.choice(("Handshakes of", "Games among", "Pairs from", "Lines through", "Teams of 2 from", "Duels of", "Chords on"))
+    what = rng.choice(
+        (
+            "Handshakes of",
+            "Games among",
+            "Pairs from",
+            "Lines through",
+            "Teams of 2 from",
+            "Duels of",
+            "Chords on",
+        )
+    )
     return Exercise(
         f"{what} {n}?",
         right=lambda s: s.div(s.mul(n, s.sub(n, 1)), 2),
