@@ -1,0 +1,176 @@
+"""Everything that can be known to be wrong before any engine starts.
+
+Invariant: a run that passes these checks fails later only for reasons that no check could see; each defect is
+one `UserError` that names the setting. Nothing is started, written or left open.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import ipaddress
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from common.errors import UserError
+from common.model_files import ModelShape, read_shape, require_tokenizer
+from common.recipe import Recipe
+from deploy.memory import learner_memory
+
+CHECKPOINT_BYTES_PER_PARAMETER = 18  # state, master weights and the Hugging Face export, per checkpoint
+MIB = 1 << 20
+
+
+def preflight(recipe: Recipe, *, questions: bool = True, ports: bool = True) -> ModelShape:
+    """Check a recipe against this machine; returns the model's sizes.
+
+    Args:
+        recipe: the resolved recipe.
+        questions: also load the question sets (reads files; may ask the hub).
+        ports: also check that fixed ports are free.
+    """
+    check_template(recipe)
+    check_addresses(recipe)
+    shape = check_model(recipe)
+    check_reward(recipe)
+    check_disk(recipe, shape)
+    if questions:
+        check_questions(recipe)
+    if ports:
+        check_ports(recipe)
+    return shape
+
+
+def check_model(recipe: Recipe) -> ModelShape:
+    """The model exists, has a tokenizer, and its context holds what the recipe wants."""
+    shape = read_shape(recipe.model.path)
+    require_tokenizer(recipe.model.path)
+    if recipe.model.max_context > shape.context:
+        raise UserError(
+            f"{recipe.model.max_context} tokens are more than the model's context of {shape.context}.",
+            setting="model.max_context",
+        )
+    heads = recipe.actor.tensor_parallel
+    if shape.heads % heads or (shape.kv_heads % heads and heads % shape.kv_heads):
+        raise UserError(
+            f"{heads} does not divide the model's {shape.heads} attention heads ({shape.kv_heads} for keys).",
+            setting="actor.tensor_parallel",
+        )
+    return shape
+
+
+def check_template(recipe: Recipe) -> None:
+    """The template exists, or is a text that contains {question}."""
+    from common.tasks.templates import get_template
+
+    get_template(recipe.data.template)
+
+
+def check_questions(recipe: Recipe) -> int:
+    """Every question set loads and has the named fields; returns the number of training questions."""
+    from common.tasks.from_recipe import held_out_questions, training_questions
+
+    train = training_questions(recipe)
+    if len(train) < recipe.batch.questions_per_step:
+        raise UserError(
+            f"the set has {len(train)} questions, fewer than one step takes "
+            f"(batch.questions_per_step = {recipe.batch.questions_per_step}).",
+            setting="data.train",
+        )
+    held_out_questions(recipe)
+    return len(train)
+
+
+def check_reward(recipe: Recipe) -> None:
+    """The reward is `math` or a function that can be imported."""
+    name = recipe.data.reward
+    if name == "math":
+        return
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise UserError(f"'{name}' is neither 'math' nor 'package.module:function'.", setting="data.reward")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot import '{name}': {error}.", setting="data.reward") from None
+    if not callable(found):
+        raise UserError(f"'{name}' is not a function.", setting="data.reward")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address to bind is reachable from this machine only."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def check_addresses(recipe: Recipe) -> None:
+    """Sockets bind to loopback unless there are keys (I8)."""
+    if not is_loopback(recipe.broker.bind) and recipe.broker.keys is None:
+        raise UserError(
+            f"'{recipe.broker.bind}' is reachable from other machines: set broker.keys to a folder made by "
+            "`slipstream keys init`.",
+            setting="broker.bind",
+        )
+
+
+def check_ports(recipe: Recipe) -> None:
+    """Ports that the recipe fixes are free."""
+    fixed = (
+        ("broker.port", recipe.broker.bind, recipe.broker.port),
+        ("broker.metrics_port", "127.0.0.1", recipe.broker.metrics_port),
+        ("weights.port", recipe.weights.bind, recipe.weights.port),
+        ("learner.master_port", "127.0.0.1", recipe.learner.master_port),
+    )
+    for setting, address, port in fixed:
+        if port:
+            _require_free(setting, address, port)
+
+
+def _require_free(setting: str, address: str, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            reason = "in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
+            raise UserError(f"port {port} on {address} cannot be used: {reason}.", setting=setting) from None
+
+
+def check_disk(recipe: Recipe, shape: ModelShape) -> None:
+    """There is room for the checkpoints that the recipe keeps, and the run folder can be written."""
+    root = _existing_parent(recipe.run.root)
+    if not os.access(root, os.W_OK):
+        raise UserError(f"'{root}' cannot be written.", setting="run.root")
+    kept = recipe.learner.keep_last + 1 + int(recipe.learner.keep_best)
+    needed = kept * CHECKPOINT_BYTES_PER_PARAMETER * shape.parameters + 200 * MIB
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise UserError(
+            f"'{root}' has {free / MIB:,.0f} MiB free, but {kept} checkpoints need about {needed / MIB:,.0f} MiB: "
+            "free some, choose another folder, or lower learner.keep_last.",
+            setting="run.root",
+        )
+
+
+def check_memory(recipe: Recipe, shape: ModelShape, available: float) -> None:
+    """The learner ranks of this machine fit into `available` bytes of memory."""
+    needed = learner_memory(recipe, shape).total * recipe.learner.ranks
+    if needed > available:
+        raise UserError(
+            f"the learner needs about {needed / MIB:,.0f} MiB, but {available / MIB:,.0f} MiB are available: "
+            "lower it, or raise learner.zero_stage or learner.ranks.",
+            setting="learner.micro_batch_tokens",
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path

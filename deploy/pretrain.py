@@ -1,0 +1,78 @@
+"""`slipstream pretrain RECIPE`: make a small base model on MiniMath text, with a progress bar and a report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from common.recipe import find_recipe
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="Pretraining recipe: a TOML file or a shipped one's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key (repeatable).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+) -> None:
+    """Train a small Qwen2-architecture base model on MiniMath text and print what it can do."""
+    # torch and transformers take seconds to import: not before the recipe is known to exist.
+    path = find_recipe(recipe)
+    from learner import pretrain as stage
+
+    resolved = stage.load_pretrain_recipe(path, overrides or [])
+    console = Console()
+    with _progress(console) as bar:
+        task = bar.add_task("pretraining", total=resolved.train.steps, loss="", speed="")
+        meter = _Meter()
+
+        def advance(step: int, loss: float, tokens: int) -> None:
+            meter.count(tokens)
+            elapsed = bar.tasks[task].elapsed or 0.0
+            bar.update(task, completed=step + 1, loss=f"loss {loss:.3f}", speed=meter.speed(elapsed))
+
+        report = stage.pretrain(resolved, overwrite=overwrite, progress=advance)
+    console.print(_table(report, resolved.probe.set, resolved.probe.template))
+    console.print(f"saved to {report.out}")
+
+
+class _Meter:
+    """Counts tokens for the speed column."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def speed(self, elapsed: float) -> str:
+        return f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else ""
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _table(report, probe_set: str, template: str) -> Table:
+    table = Table(title=f"{report.parameters:,} parameters on {probe_set}, template {template}")
+    table.add_column("family")
+    table.add_column("pass@1 (T=1)", justify="right")
+    for family, value in report.families.items():
+        table.add_row(family, f"{value:.3f}")
+    table.add_section()
+    table.add_row("all", f"{report.pass1:.3f}")
+    table.add_row("mean tokens", f"{report.mean_tokens:.1f}")
+    table.add_row("truncated", f"{report.truncated:.3f}")
+    return table
