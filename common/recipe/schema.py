@@ -268,7 +268,23 @@ class BrokerSection(Section):
         30.0, description="Seconds without a heartbeat after which a peer is dead."
     )
     max_message_mb: PositiveInt = Field(64, description="Largest message accepted, in MiB.")
-    max_attempts: PositiveInt = Field(5, description="Leases per question before it is abandoned.")
+    max_attempts: PositiveInt = Field(5, description="Lost leases per question before it is abandoned.")
+    lease_max_s: PositiveFloat = Field(
+        3600.0, description="Seconds an actor may hold a group at all, signs of life or not (I4)."
+    )
+    max_bad_messages: PositiveInt = Field(
+        100, description="Malformed messages after which a peer is shut out (I8)."
+    )
+    final_eval_s: PositiveFloat = Field(
+        600.0, description="Seconds after the last step that the run waits for its last evaluation."
+    )
+    fsync: bool = Field(
+        False,
+        description="Also survive a power cut: the journal waits for the disk. A killed process loses nothing either way.",
+    )
+    record: bool = Field(
+        False, description="Keep the payloads of trained groups for `slipstream learner --replay`."
+    )
     no_progress_s: PositiveFloat = Field(
         600.0, description="Seconds without progress after which the watchdog writes every process's stacks."
     )
