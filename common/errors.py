@@ -1,4 +1,4 @@
-"""Errors that a person can act on.
+"""Errors that a person can act on, and the exit codes that launchers act on.
 
 Invariant: whatever the user got wrong is reported in one sentence that names the setting at fault, with
 exit code 2 and nothing half-started; a traceback is only ever shown for our own defects.
@@ -6,7 +6,9 @@ exit code 2 and nothing half-started; a traceback is only ever shown for our own
 
 from __future__ import annotations
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = 2  # the caller's mistake: starting again would fail again
+EXIT_RESTART = 3  # this process is spoilt, a fresh one goes on (an engine that failed while weights changed)
+EXIT_RUN_FAILED = 4  # the run is over: starting again would fail again
 
 
 class SlipstreamError(Exception):

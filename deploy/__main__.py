@@ -1,0 +1,5 @@
+"""`python -m deploy` is `slipstream`."""
+
+from deploy.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The run folder: one run, one folder, never two.
+
+Invariant: a folder that holds a run is never written by another; it is continued on purpose (--resume) or set
+aside whole (--fresh), never mixed and never deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.recipe import Recipe, load_recipe, resolved_toml
+
+ADDRESS_FILE = "broker.json"
+RECIPE_FILE = "recipe.toml"
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a run was started in this folder before."""
+    return (folder / RECIPE_FILE).exists()
+
+
+def prepare(recipe: Recipe, *, resume: bool, fresh: bool) -> Path:
+    """Make the run folder and keep the resolved recipe in it.
+
+    Raises:
+        UserError: the folder holds a run and neither --resume nor --fresh was given; or the reverse.
+    """
+    folder = recipe.folder
+    if resume and fresh:
+        raise UserError("--resume continues a run and --fresh begins another: give one of them.")
+    if resume and not holds_a_run(folder):
+        raise UserError(f"--resume finds no run in '{folder}'.", setting="run.name")
+    if holds_a_run(folder) and not resume:
+        if not fresh:
+            raise UserError(
+                f"'{folder}' already holds a run: continue it with --resume, set it aside with --fresh, or choose "
+                "another name.",
+                setting="run.name",
+            )
+        _set_aside(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE_FILE).write_text(resolved_toml(recipe), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
+    return folder
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(target)
+
+
+def find_folder(name: str) -> Path:
+    """The folder of a run: a path, or a name below ./runs.
+
+    Raises:
+        UserError: there is none.
+    """
+    for candidate in (Path(name), Path("runs") / name):
+        if holds_a_run(candidate):
+            return candidate
+    raise UserError(f"'{name}' is neither a run folder nor a run below ./runs.")
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run folder."""
+    return load_recipe(folder / RECIPE_FILE)
+
+
+def read_address(folder: Path) -> dict[str, Any] | None:
+    """What the broker wrote about itself: `address`, `run`, `pid`, ...; None before it has."""
+    try:
+        return json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def wait_for_address(folder: Path, seconds: float) -> dict[str, Any]:
+    """Wait until the broker has written its address.
+
+    Raises:
+        UserError: it has not after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (found := read_address(folder)) is not None:
+            return found
+        time.sleep(0.05)
+    raise UserError(
+        f"no broker has written {folder / ADDRESS_FILE} for {seconds:.0f} s; is one running?", setting="--run"
+    )

@@ -1,0 +1,167 @@
+"""Start, watch, restart and end the processes of a run on one machine.
+
+Invariant: no process outlives the supervisor, whatever way it ends; the first error that a restart does not
+cure ends the run and is what the user reads first. Every worker is started by a command line that a person
+could type, with its output in `<run folder>/<worker>.log`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
+from common.process import die_with_parent, end_groups, use_cores, wait_for
+from deploy.launch.layout import Share
+
+BACKOFF_S = 1.0
+HEALTHY_S = 120.0  # a worker that has lived so long has its restarts back
+FATAL = (EXIT_USER_ERROR, EXIT_RUN_FAILED)
+
+
+@dataclass
+class Worker:
+    """One supervised process.
+
+    Attributes:
+        name: of the process and its log.
+        command: argument vector of the first start; `again` that of later ones.
+        share: cores, threads and GPUs.
+        essential: its orderly end (exit 0) ends the run.
+    """
+
+    name: str
+    command: list[str]
+    again: list[str]
+    share: Share
+    log: Path
+    essential: bool = False
+    process: subprocess.Popen | None = None
+    restarts: int = 0
+    started: float = 0.0
+    not_before: float = 0.0
+    ended: bool = False
+
+
+@dataclass
+class Failure:
+    """Why a run ended: the worker, its exit code, the line to show first, and where to read on."""
+
+    worker: str
+    code: int
+    message: str
+    log: Path
+
+
+@dataclass
+class Supervisor:
+    """Keeps workers alive.
+
+    Args:
+        workers: what to run, in the order of starting.
+        restarts: restarts of one worker before the run is given up.
+        on_event: called with a sentence whenever a worker dies or starts again.
+    """
+
+    workers: list[Worker]
+    restarts: int
+    on_event: Callable[[str], None]
+    failure: Failure | None = None
+    stopping: bool = field(default=False)
+
+    def start(self) -> None:
+        """Start every worker."""
+        for worker in self.workers:
+            self._spawn(worker, worker.command)
+
+    def poll(self) -> bool:
+        """Look after the workers once; False when the run is over, well or not (`failure`)."""
+        for worker in self.workers:
+            if worker.process is None or worker.ended:
+                self._restart_when_due(worker)
+            elif (code := worker.process.poll()) is not None:
+                self._exited(worker, code)
+        return self.failure is None and not self._over()
+
+    def _over(self) -> bool:
+        return any(worker.essential and worker.ended for worker in self.workers)
+
+    def _exited(self, worker: Worker, code: int) -> None:
+        end_groups([worker.process], term_s=0.0)  # what it may have left behind
+        if code == 0 or self.stopping:
+            worker.ended = True
+            return
+        message = first_error(worker.log) or f"exit code {code}"
+        if time.monotonic() - worker.started > HEALTHY_S:
+            worker.restarts = 0
+        if code in FATAL or worker.restarts >= self.restarts:
+            self.failure = self.failure or Failure(worker.name, code, message, worker.log)
+            worker.ended = True
+            return
+        worker.restarts += 1
+        worker.process = None
+        worker.not_before = time.monotonic() + BACKOFF_S * worker.restarts
+        self.on_event(f"{worker.name} died ({_cause(code)}: {message}); starting it again")
+
+    def _restart_when_due(self, worker: Worker) -> None:
+        if not worker.ended and not self.stopping and time.monotonic() >= worker.not_before:
+            self._spawn(worker, worker.again)
+
+    def _spawn(self, worker: Worker, command: list[str]) -> None:
+        cores = worker.share.cores
+
+        def prepare() -> None:
+            die_with_parent()
+            use_cores(cores)
+
+        with worker.log.open("ab") as log:
+            worker.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **worker.share.environment(), "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+                preexec_fn=prepare,
+            )
+        worker.started = time.monotonic()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until all workers have left by themselves; False when some have not in time."""
+        self.stopping = True
+        return not wait_for([w.process for w in self.workers if w.process is not None], seconds)
+
+    def end(self, *, term_s: float) -> None:
+        """End what still runs: SIGTERM, then SIGKILL to whole process groups."""
+        self.stopping = True
+        end_groups([w.process for w in self.workers if w.process is not None], term_s=term_s)
+
+
+def first_error(log: Path) -> str | None:
+    """The sentence to show of a dead worker: its last `error:` line, else the last line of its traceback."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 65536))
+            lines = [
+                line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()
+            ]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    return lines[-1][:400] if lines else None
+
+
+def _cause(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a verb, run by the same interpreter."""
+    return [sys.executable, "-m", "deploy", *arguments]

@@ -1,0 +1,151 @@
+"""The workers of a run, each startable by hand: `slipstream broker | actor | learner | track`.
+
+Invariant: whatever the launcher, Slurm or systemd starts is one of these verbs with options that a person
+could type.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import UserError
+from deploy.check import RecipeArgument, SetOption
+
+JoinOption = Annotated[str | None, typer.Option("--join", metavar="HOST:PORT", help="Address of the broker.")]
+RunOption = Annotated[
+    str | None,
+    typer.Option("--run", metavar="RUN", help="Run folder or name: the broker's address is read from it."),
+]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="FOLDER", help="CURVE keys, needed when the broker is not on loopback."),
+]
+WAIT_FOR_BROKER_S = 300.0
+TRACKER_PATIENCE_S = 90.0
+
+
+def set_up_logging() -> None:
+    """One line per event on standard error: time, level, name, text."""
+    logging.basicConfig(
+        level=os.environ.get("SLIPSTREAM_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+def _find_broker(join: str | None, run: str | None, keys: Path | None) -> tuple[str, Path | None]:
+    if (join is None) == (run is None):
+        raise UserError("give either --join HOST:PORT or --run RUN.")
+    if join is not None:
+        return join, keys
+    from deploy.folder import find_folder, read_recipe, wait_for_address
+
+    folder = find_folder(str(run))
+    return wait_for_address(folder, WAIT_FOR_BROKER_S)["address"], keys or read_recipe(folder).broker.keys
+
+
+def broker(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in this folder.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Set an earlier run of this name aside.")] = False,
+) -> None:
+    """Run the broker: question ledger, trajectory buffer, journal. One per run; actors and the learner join it."""
+    from broker.main import serve
+    from common.recipe import load_recipe
+    from deploy.folder import prepare
+
+    set_up_logging()
+    loaded = load_recipe(recipe, overrides or ())
+    folder = prepare(loaded, resume=resume, fresh=fresh)
+    tracker = _start_tracker(folder)
+    try:
+        code = serve(loaded, run_folder=folder, resume=resume)
+        _await(tracker)
+    finally:
+        if tracker.poll() is None:
+            tracker.kill()
+    raise typer.Exit(code)
+
+
+def _start_tracker(folder: Path) -> subprocess.Popen:
+    from common.process import die_with_parent
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy", "track", str(folder)],
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )
+
+
+def _await(tracker: subprocess.Popen) -> None:
+    try:
+        tracker.wait(TRACKER_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        logging.getLogger("slipstream.broker").warning(
+            "the tracker did not finish; `slipstream track` delivers later"
+        )
+
+
+def actor(
+    join: JoinOption = None,
+    run: RunOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of this actor; default: host and process number.")
+    ] = None,
+    keys: KeysOption = None,
+) -> None:
+    """Run one actor: a vLLM engine that leases questions, samples, verifies and publishes. Joins and leaves at any time."""
+    from actors.main import run_actor
+
+    set_up_logging()
+    address, found_keys = _find_broker(join, run, keys)
+    raise typer.Exit(run_actor(address, name=name, keys=found_keys))
+
+
+def learner(
+    join: JoinOption = None,
+    run: RunOption = None,
+    resume: Annotated[
+        bool, typer.Option(help="Start from the newest complete checkpoint, if there is one.")
+    ] = False,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Start this many ranks on this machine (under srun or torchrun: leave it at 1)."
+        ),
+    ] = 1,
+    keys: KeysOption = None,
+) -> None:
+    """Run the learner: takes groups, trains with DeepSpeed, pushes weights into the running actors."""
+    set_up_logging()
+    address, found_keys = _find_broker(join, run, keys)
+    if ranks > 1 and "RANK" not in os.environ:
+        _become_torchrun(ranks, address, found_keys, resume)
+    from learner.main import run_learner
+
+    raise typer.Exit(run_learner(address, resume=resume, keys=found_keys))
+
+
+def _become_torchrun(ranks: int, address: str, keys: Path | None, resume: bool) -> None:
+    arguments = ["--standalone", f"--nproc-per-node={ranks}", "-m", "deploy", "learner", "--join", address]
+    arguments += ["--resume"] if resume else []
+    arguments += ["--keys", str(keys)] if keys else []
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments])
+
+
+def track(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or name.")]) -> None:
+    """Deliver a run's points to MLflow and write its summary and figure; the broker starts this by itself."""
+    from deploy.folder import find_folder
+    from deploy.track import track_run
+
+    set_up_logging()
+    raise typer.Exit(track_run(find_folder(str(folder))))
