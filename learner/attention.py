@@ -13,8 +13,8 @@ causal mask no real token sees the padding behind it, so that this is exact and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 PACKED = "slipstream_packed"
 
 # Padding a segment costs its tokens; one more rectangle costs a handful of kernel launches per layer.
-MAX_PADDED_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Rectangle:
-    """Segments padded to one length: `index` [rows, width] int64 columns of the packed row."""
-
-    index: Tensor
+MAX_PADDED_SHARE = 0.1
 
 
 class Segments:
@@ -42,37 +35,45 @@ class Segments:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str) -> None:
-        self.longest = max(lengths)
+        self.lengths = tuple(lengths)
         self.total = sum(lengths)
-        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-        self.bounds = ends.to(device=device, dtype=torch.int32)
-        self._lengths = list(lengths)
-        self._starts = ends[:-1].tolist()
-        self._device = device
-        self._rectangles: list[Rectangle] | None = None
-        self._inverse: Tensor | None = None
+        self.longest = max(lengths)
+        self.device = device
 
-    @property
-    def rectangles(self) -> tuple[list[Rectangle], Tensor]:
-        """The rectangles, and for each column of the row its place in the rectangles laid end to end ([S])."""
-        if self._rectangles is None:
-            self._build()
-        return self._rectangles, self._inverse
+    @cached_property
+    def bounds(self) -> Tensor:
+        """[n + 1] int32: first column of each segment, and the end of the row."""
+        return torch.tensor([0, *self.lengths]).cumsum(0).to(device=self.device, dtype=torch.int32)
 
-    def _build(self) -> None:
-        self._rectangles, inverse = [], torch.empty(self.total, dtype=torch.int64)
-        offset = 0
-        for group in group_by_length(self._lengths):
-            lengths = torch.tensor([self._lengths[segment] for segment in group])
-            starts = torch.tensor([self._starts[segment] for segment in group])
-            column = torch.arange(int(lengths.max()))
-            # Padding repeats the segment's last token: any valid column would do, nothing real reads it.
-            index = starts[:, None] + torch.minimum(column[None], lengths[:, None] - 1)
-            real = column[None] < lengths[:, None]
-            inverse[index[real]] = offset + real.flatten().nonzero().squeeze(1)
-            offset += index.numel()
-            self._rectangles.append(Rectangle(index.to(self._device)))
-        self._inverse = inverse.to(self._device)
+    @cached_property
+    def rectangles(self) -> Rectangles:
+        """Segments of similar length side by side, padded at their end."""
+        shapes, gather = [], []
+        scatter = torch.empty(self.total, dtype=torch.int64)
+        starts, filled = torch.tensor([0, *self.lengths]).cumsum(0), 0
+        for group in group_by_length(self.lengths):
+            length = torch.tensor([self.lengths[segment] for segment in group])[:, None]
+            column = torch.arange(int(length.max()))[None]
+            # Padding repeats the segment's last token: any column would do, nothing real looks behind itself.
+            index = starts[group][:, None] + torch.minimum(column, length - 1)
+            real = column < length
+            scatter[index[real]] = filled + real.flatten().nonzero().squeeze(1)
+            filled += index.numel()
+            shapes.append(tuple(index.shape))
+            gather.append(index.flatten())
+        return Rectangles(tuple(shapes), torch.cat(gather).to(self.device), scatter.to(self.device))
+
+
+class Rectangles(NamedTuple):
+    """A row of S tokens as rectangles of P ≥ S places laid end to end.
+
+    `shapes` are (segments, width) of each; `gather` [P] names the column that fills each place; `scatter` [S] the
+    place of each column.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    gather: Tensor
+    scatter: Tensor
 
 
 def group_by_length(lengths: Sequence[int], max_padded_share: float = MAX_PADDED_SHARE) -> list[list[int]]:
@@ -143,16 +144,20 @@ def _variable_length(
 def _rectangular(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, dropout: float
 ) -> Tensor:
-    rectangles, inverse = segments.rectangles
+    shapes, gather, scatter = segments.rectangles
+    sizes = [rows * width for rows, width in shapes]
+    # Whole rows of [S, heads, size] are copied: far cheaper in backward than indexing inside each head.
+    places = [
+        tensor[0].transpose(0, 1).index_select(0, gather).split(sizes) for tensor in (query, key, value)
+    ]
     outputs = []
-    for rectangle in rectangles:
-        # [heads, rows, width, size] -> [rows, heads, width, size]
-        q, k, v = (tensor[0][:, rectangle.index].transpose(0, 1) for tensor in (query, key, value))
+    for shape, *parts in zip(shapes, *places, strict=True):
+        q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
         out = scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[inverse][None]
+    return torch.cat(outputs).index_select(0, scatter)[None]
 
 
 def register() -> str:
