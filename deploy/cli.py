@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.errors import EXIT_USER_ERROR, RunFailedError, UserError
+from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError
 
 app = typer.Typer(
     name="slipstream",
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail(error, EXIT_USER_ERROR)
     except RunFailedError as error:
-        _fail(error, 1)
+        _fail(error, EXIT_RUN_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -1,0 +1,144 @@
+"""`slipstream run`: a whole run on this machine.
+
+Invariant: it uses nothing that a person could not type (the verbs broker, actor, learner), shows one screen
+while the run goes on, and leaves no process behind, whatever way it ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.check import RecipeArgument, SetOption
+
+if TYPE_CHECKING:
+    from common.recipe import Recipe
+    from deploy.launch.supervisor import Supervisor, Worker
+
+POLL_S = 0.1
+ORDERLY_S = 6.0  # after the first Ctrl-C: the learner writes a checkpoint, actors hand back their leases
+TERM_S = 1.5  # then SIGTERM, then SIGKILL: all within 10 s
+END_S = 120.0  # after the last step: points are delivered, the figure is drawn
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in its folder from the newest checkpoint.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Set an earlier run of this name aside and begin again.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option(help="No live display: one line now and then.")] = False,
+) -> None:
+    """Run a recipe on this machine: broker, actors and learner, supervised, with a live display.
+
+    Ctrl-C stops everything in order within 10 seconds; `--resume` goes on from there.
+    """
+    from common.recipe import load_recipe
+    from deploy.folder import prepare
+    from deploy.preflight import preflight
+
+    loaded = load_recipe(recipe, overrides or ())
+    preflight(loaded)
+    folder = prepare(loaded, resume=resume, fresh=fresh)
+    raise typer.Exit(run_here(loaded, folder, resume=resume, quiet=quiet))
+
+
+def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
+    """Launch, watch and end a run whose folder is prepared; returns the exit code."""
+    from deploy.display import Display
+    from deploy.launch.supervisor import Supervisor
+
+    (folder / "broker.json").unlink(missing_ok=True)
+    display = Display(recipe, folder, quiet=quiet)
+    supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.event)
+    interrupts = _Interrupts()
+    supervisor.start()
+    try:
+        with display:
+            while supervisor.poll() and not interrupts.count:
+                display.refresh()
+                time.sleep(POLL_S)
+        if interrupts.count:
+            return _stop(supervisor, display, interrupts)
+        supervisor.wait(END_S if supervisor.failure is None else 0.0)
+    finally:
+        supervisor.end(term_s=TERM_S)
+    return _conclude(supervisor, display, folder)
+
+
+def _workers(recipe: Recipe, folder: Path, resume: bool) -> list[Worker]:
+    import os
+
+    from common.telemetry import visible_gpus
+    from deploy.launch.layout import share_out
+    from deploy.launch.supervisor import Worker, command
+
+    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), visible_gpus())
+    resolved, run_folder = str(folder / "recipe.toml"), str(folder)
+    ranks = ["--ranks", str(recipe.learner.ranks)] if recipe.learner.ranks > 1 else []
+    learn = ["learner", "--run", run_folder, *ranks]
+    workers = [
+        Worker(
+            "broker",
+            command("broker", resolved, "--resume"),
+            command("broker", resolved, "--resume"),
+            layout.broker,
+            folder / "broker.log",
+            essential=True,
+        ),
+        Worker(
+            "learner",
+            command(*learn, *(["--resume"] if resume else [])),
+            command(*learn, "--resume"),
+            layout.learner,
+            folder / "learner.log",
+        ),
+    ]
+    for number, share in enumerate(layout.actors):
+        name = f"actor-{number}"
+        line = command("actor", "--run", run_folder, "--name", name)
+        workers.append(Worker(name, line, line, share, folder / f"{name}.log"))
+    # The engine takes longest to start, so actors go first; they wait for the broker's address themselves.
+    return workers[2:] + workers[:2]
+
+
+class _Interrupts:
+    """Counts Ctrl-C and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        signal.signal(signal.SIGINT, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, _signal: int, _frame: object) -> None:
+        self.count += 1
+
+
+def _stop(supervisor: Supervisor, display, interrupts: _Interrupts) -> int:
+    display.say(
+        "stopping: the learner writes a checkpoint, actors hand back their work (Ctrl-C again: at once)"
+    )
+    display.ask_to_stop()
+    deadline = time.monotonic() + ORDERLY_S
+    while time.monotonic() < deadline and interrupts.count < 2 and not supervisor.wait(0.1):
+        pass
+    supervisor.end(term_s=TERM_S)
+    display.say(f"stopped; continue with: slipstream run {display.folder / 'recipe.toml'} --resume")
+    return 130
+
+
+def _conclude(supervisor: Supervisor, display, folder: Path) -> int:
+    failure = supervisor.failure
+    if failure is not None:
+        sys.stderr.write(f"error: {failure.worker}: {failure.message}\n(more in {failure.log})\n")
+        return failure.code if failure.code > 0 else 1
+    display.print_summary(folder)
+    return 0

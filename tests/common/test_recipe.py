@@ -1,0 +1,119 @@
+"""A recipe that loads is consistent, and what does not load says which key is at fault."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.recipe import Recipe, find_recipe, load_recipe, resolved_toml
+
+MINIMAL = '[model]\npath = "m"\n[data]\ntrain = "demo"\n'
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_are_table_6(minimal: Path) -> None:
+    r = load_recipe(minimal)
+    assert (r.rollout.group_size, r.rollout.temperature, r.rollout.max_tokens) == (8, 1.0, 3000)
+    assert (r.rollout.top_p, r.rollout.top_k) == (1.0, -1)
+    assert (r.batch.questions_per_step, r.batch.optimizer_steps) == (128, 8)
+    assert r.responses_per_step == 1024
+    assert r.responses_per_optimizer_step == 128
+    assert (r.learner.lr, r.learner.betas, r.learner.weight_decay) == (1e-6, (0.9, 0.95), 0.0)
+    assert (r.learner.max_grad_norm, r.learner.schedule, r.algorithm.epochs) == (1.0, "constant", 1)
+    assert (r.algorithm.kl_beta, r.algorithm.kl_in_reward, r.algorithm.preset) == (0.0, 0.0, "dr_grpo")
+    assert r.normaliser == 3000.0
+    assert r.learner.critic_lr == 9e-6
+
+
+def test_name_defaults_to_the_file(minimal: Path) -> None:
+    assert load_recipe(minimal).run.name == "tiny"
+    assert load_recipe(minimal, ["run.name=other"]).folder == Path("runs/other")
+
+
+def test_resolved_recipe_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(minimal, ['data.template="a {question}\\n\\"b\\""', "eval.sets=['x', 'y']"])
+    again = tmp_path / "again.toml"
+    again.write_text(resolved_toml(recipe))
+    assert load_recipe(again) == recipe
+    assert tomllib.loads(resolved_toml(recipe))["data"]["template"] == 'a {question}\n"b"'
+
+
+def test_precedence_is_override_file_parent_default(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(MINIMAL + "[learner]\nlr = 1e-3\nzero_stage = 1\nwarmup_steps = 7\n")
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "base.toml"\n[learner]\nlr = 1e-4\nzero_stage = 3\n')
+    learner = load_recipe(child, ["learner.lr=1e-5"]).learner
+    assert (learner.lr, learner.zero_stage, learner.warmup_steps, learner.ranks) == (1e-5, 3, 7, 1)
+
+
+def test_extends_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
+    with pytest.raises(UserError, match="extends itself"):
+        load_recipe(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.lrr=1", ["learner.lrr", "did you mean 'lr'"]),
+        ("nothing.x=1", ["nothing", "valid here: run, model"]),
+        ("rollout.top_p=0.9", ["top_p must be 1.0"]),
+        ("rollout.top_k=50", ["top_k must be -1"]),
+        ("rollout.group_size=1", ["rollout.group_size = 1", "baseline"]),
+        ("rollout.max_tokens=4096", ["rollout.max_tokens", "model.max_context"]),
+        ("batch.optimizer_steps=7", ["batch.optimizer_steps", "1024"]),
+        ("learner.lr=fast", ["learner.lr", "'fast'"]),
+        ("learner.lr=-1", ["learner.lr", "greater than 0"]),
+        ("learner.zero_stage=4", ["learner.zero_stage"]),
+        ("run.name='a/b'", ["run.name"]),
+        ("broker.dead_after_s=1", ["broker.dead_after_s", "heartbeat_s"]),
+        ("algorithm.preset='drgrpo'", ["algorithm.preset", "dr_grpo"]),
+        ("algorithm.preset='ppo'", ["ppo", "zero_variance"]),
+        ("learner.lr", ["--set", "section.key=value"]),
+        ("learner.lr.x=1", ["--set"]),
+    ],
+)
+def test_one_sentence_names_the_setting(minimal: Path, override: str, words: list[str]) -> None:
+    overrides = [override] if not override.startswith("learner.lr.x") else ["learner.lr=1", override]
+    with pytest.raises(UserError) as caught:
+        load_recipe(minimal, overrides)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[model\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_recipe(bad)
+    bad.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot read"):
+        load_recipe(bad)
+    with pytest.raises(UserError, match="neither a TOML file nor one of the shipped recipes"):
+        find_recipe("no-such-recipe")
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for name, section in Recipe.model_fields.items():
+        inner = next(
+            (
+                a
+                for a in (section.annotation, *getattr(section.annotation, "__args__", ()))
+                if hasattr(a, "model_fields")
+            ),
+            None,
+        )
+        assert inner is not None, name
+        for key, field in inner.model_fields.items():
+            assert field.description, f"{name}.{key} has no description"

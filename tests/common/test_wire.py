@@ -1,0 +1,147 @@
+"""A request is answered once, or fails with the reason, whatever the broker does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from common import messages as m
+from common import wire
+
+HELLO = m.Hello(role="observer", peer="p", software="test", host="h", pid=1)
+Handler = Callable[[m.Message, list[bytes]], tuple[m.Message, list[bytes]] | None]
+
+
+class TinyBroker(threading.Thread):
+    """A real ROUTER that answers by a function; None means no answer."""
+
+    def __init__(self, handler: Handler) -> None:
+        super().__init__(daemon=True)
+        self.handler = handler
+        self.seen: list[m.Message] = []
+        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        while not self.ending.is_set():
+            if not self.socket.poll(20):
+                continue
+            identity, header, *payload = self.socket.recv_multipart()
+            message, request = m.decode(header)
+            self.seen.append(message)
+            answer = self.handler(message, payload)
+            if answer is not None:
+                self.socket.send_multipart([identity, m.encode(answer[0], request), *answer[1]])
+        self.socket.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Handler], TinyBroker]]:
+    running: list[TinyBroker] = []
+
+    def go(handler: Handler) -> TinyBroker:
+        broker = TinyBroker(handler)
+        broker.start()
+        running.append(broker)
+        return broker
+
+    yield go
+    for broker in running:
+        broker.ending.set()
+        broker.join()
+
+
+@pytest.fixture(autouse=True)
+def _short_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "ATTEMPT_S", 0.2)
+
+
+def test_request_and_payload_come_back(start: Callable[[Handler], TinyBroker]) -> None:
+    broker = start(lambda message, payload: (m.Ack(reason="hi"), [*payload, b"more"]))
+    client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
+    reply = client.request(m.Goodbye(reason="x"), [b"abc"], timeout_s=5)
+    assert reply.message == m.Ack(reason="hi")
+    assert [bytes(buffer) for buffer in reply.payload] == [b"abc", b"more"]
+    client.close()
+
+
+def test_lost_answer_is_asked_for_again(start: Callable[[Handler], TinyBroker]) -> None:
+    calls = iter([None, None, (m.Ack(), [])])
+    broker = start(lambda message, payload: next(calls))
+    client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
+    assert client.request(m.Goodbye(reason="x"), timeout_s=10).message == m.Ack()
+    assert len(broker.seen) == 3
+    client.close()
+
+
+def test_unknown_peer_says_hello_and_sends_again(start: Callable[[Handler], TinyBroker]) -> None:
+    known: list[bool] = []
+
+    def handler(message: m.Message, payload: list[bytes]) -> tuple[m.Message, list[bytes]]:
+        if isinstance(message, m.Hello):
+            known.append(True)
+            return m.Ack(), []
+        return (m.Ack(reason="done"), []) if known else (m.Refused(code="unknown_peer", reason="who?"), [])
+
+    broker = start(handler)
+    client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
+    assert client.request(m.Goodbye(reason="x"), timeout_s=5).message == m.Ack(reason="done")
+    assert [message.kind for message in broker.seen] == ["goodbye", "hello", "goodbye"]
+    client.close()
+
+
+def test_refusal_raises_with_code_and_reason(start: Callable[[Handler], TinyBroker]) -> None:
+    broker = start(lambda message, payload: (m.Refused(code="full", reason="no room"), []))
+    client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
+    with pytest.raises(wire.RefusedError, match="no room") as caught:
+        client.request(m.Goodbye(reason="x"), timeout_s=5)
+    assert caught.value.code == "full"
+    client.close()
+
+
+def test_nobody_there_is_said_in_time() -> None:
+    client = wire.Client("127.0.0.1:9", HELLO)
+    with pytest.raises(wire.BrokerUnreachable, match="127.0.0.1:9"):
+        client.request(m.Goodbye(reason="x"), timeout_s=0.5)
+    client.close()
+
+
+def test_async_requests_are_answered_out_of_order(start: Callable[[Handler], TinyBroker]) -> None:
+    lost: list[m.Message] = []
+
+    def handler(message: m.Message, payload: list[bytes]) -> tuple[m.Message, list[bytes]] | None:
+        if isinstance(message, m.Goodbye) and message.reason == "0" and not lost:
+            lost.append(message)
+            return None
+        return m.Ack(reason=getattr(message, "reason", None)), payload
+
+    broker = start(handler)
+
+    async def many() -> list[str | None]:
+        client = wire.AsyncClient(f"127.0.0.1:{broker.port}", HELLO)
+        replies = await asyncio.gather(
+            *(client.request(m.Goodbye(reason=str(i)), [b"%d" % i], timeout_s=10) for i in range(50))
+        )
+        assert [bytes(reply.payload[0]) for reply in replies] == [b"%d" % i for i in range(50)]
+        client.close()
+        return [reply.message.reason for reply in replies]
+
+    assert asyncio.run(many()) == [str(i) for i in range(50)]
+
+
+def test_async_nobody_there_is_said_in_time() -> None:
+    async def ask() -> None:
+        client = wire.AsyncClient("127.0.0.1:9", HELLO)
+        try:
+            with pytest.raises(wire.BrokerUnreachable):
+                await client.request(m.Goodbye(reason="x"), timeout_s=0.5)
+        finally:
+            client.close()
+
+    asyncio.run(ask())

@@ -1,0 +1,130 @@
+"""Workers are restarted, the first error is kept, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.launch import supervisor as sv
+from deploy.launch.layout import Share
+
+
+def worker(
+    tmp_path: Path, name: str, code: str, *, essential: bool = False, again: str | None = None
+) -> sv.Worker:
+    line = [sys.executable, "-c", code]
+    return sv.Worker(
+        name,
+        line,
+        [sys.executable, "-c", again] if again else line,
+        Share(None, 1),
+        tmp_path / f"{name}.log",
+        essential=essential,
+    )
+
+
+def watch(supervisor: sv.Supervisor, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while supervisor.poll():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sv, "BACKOFF_S", 0.01)
+
+
+def test_essential_worker_ends_the_run_well(tmp_path: Path) -> None:
+    supervisor = sv.Supervisor([worker(tmp_path, "broker", "pass", essential=True)], 3, print)
+    supervisor.start()
+    watch(supervisor)
+    assert supervisor.failure is None
+
+
+def test_crashed_worker_is_started_again_with_its_second_command(tmp_path: Path) -> None:
+    events: list[str] = []
+    crash = worker(tmp_path, "learner", "raise ValueError('boom')", again="import time; time.sleep(60)")
+    supervisor = sv.Supervisor([crash], 3, events.append)
+    supervisor.start()
+    while not (crash.process and crash.restarts == 1 and crash.process.poll() is None):
+        assert supervisor.poll()
+        time.sleep(0.02)
+    assert "learner died (exit code 1: ValueError: boom); starting it again" in events[0]
+    supervisor.end(term_s=1.0)
+    assert crash.process.poll() is not None
+
+
+def test_users_error_is_not_tried_again_and_comes_first(tmp_path: Path) -> None:
+    code = (
+        "import sys; print('noise'); print('error: model.path: no such folder'); print('tail'); sys.exit(2)"
+    )
+    supervisor = sv.Supervisor([worker(tmp_path, "actor-0", code)], 3, print)
+    supervisor.start()
+    watch(supervisor)
+    assert supervisor.failure is not None
+    assert supervisor.failure.message == "model.path: no such folder"
+    assert supervisor.failure.code == 2
+
+
+def test_restarts_run_out(tmp_path: Path) -> None:
+    supervisor = sv.Supervisor([worker(tmp_path, "actor-0", "raise SystemExit(7)")], 2, lambda text: None)
+    supervisor.start()
+    watch(supervisor)
+    assert supervisor.workers[0].restarts == 2
+    assert supervisor.failure is not None
+
+
+def test_stuck_grandchildren_are_killed(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, 1); time.sleep(99)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(99)\n"
+    )
+    stuck = worker(tmp_path, "actor-0", code)
+    supervisor = sv.Supervisor([stuck], 3, print)
+    supervisor.start()
+    while not stuck.log.read_text().strip():
+        time.sleep(0.02)
+    grandchild = int(stuck.log.read_text().split()[0])
+    supervisor.end(term_s=0.3)
+    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+
+
+def test_workers_die_with_a_killed_supervisor(tmp_path: Path) -> None:
+    script = tmp_path / "tests_support.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from deploy.launch import supervisor as sv\n"
+        "from deploy.launch.layout import Share\n"
+        "line = [sys.executable, '-c', 'import time; time.sleep(99)']\n"
+        "w = sv.Worker('x', line, line, Share(None, 1), Path(sys.argv[1]))\n"
+        "s = sv.Supervisor([w], 0, print)\n"
+        "s.start()\n"
+        "print(w.process.pid, flush=True)\n"
+        "time.sleep(99)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "x.log")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(sv.__file__).parents[2])},
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert psutil.pid_exists(child)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
