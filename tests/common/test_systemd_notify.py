@@ -1,0 +1,84 @@
+"""sd_notify against a real datagram socket: what systemd would read, byte for byte."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from common.systemd import Watchdog, notify_ready, notify_stopping, watchdog_interval_s
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """systemd's end of NOTIFY_SOCKET."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield listener
+
+
+def received(listener: socket.socket) -> list[str]:
+    """Everything that waits in the socket now."""
+    listener.setblocking(False)
+    texts = []
+    while True:
+        try:
+            texts.append(listener.recv(4096).decode())
+        except BlockingIOError:
+            return texts
+
+
+def test_ready_and_stopping_reach_the_manager(manager):
+    notify_ready("step 0, 12 actors")
+    notify_stopping()
+    assert received(manager) == ["READY=1\nSTATUS=step 0, 12 actors", "STOPPING=1"]
+
+
+def test_abstract_socket_names_work(monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0slipstream-test-notify")
+        monkeypatch.setenv("NOTIFY_SOCKET", "@slipstream-test-notify")
+        notify_ready()
+        assert received(listener) == ["READY=1"]
+
+
+def test_nothing_happens_outside_systemd(monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+    notify_ready()
+    asked = []
+    assert not Watchdog(lambda: asked.append(1) or True).beat()
+    assert watchdog_interval_s() is None
+    assert not asked
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "soon"])
+def test_no_watchdog_without_an_interval(manager, monkeypatch, text):
+    monkeypatch.setenv("WATCHDOG_USEC", text)
+    assert not Watchdog().beat()
+    assert received(manager) == []
+
+
+def test_a_worker_without_progress_falls_silent(manager, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "1")  # every beat is due
+    progress = iter([True, False, True])
+    watchdog = Watchdog(lambda: next(progress))
+    assert [watchdog.beat() for _ in range(3)] == [True, False, True]
+    assert received(manager) == ["WATCHDOG=1"] * 2
+
+
+def test_pings_are_not_sent_before_they_are_due(manager, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", str(3600 * 10**6))
+    watchdog = Watchdog()
+    assert watchdog.every_s == 900
+    assert [watchdog.beat() for _ in range(3)] == [True, False, False]
+
+
+def test_the_thread_beats_until_stopped(manager, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    watchdog = Watchdog()
+    watchdog.run()
+    assert [manager.recv(64) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+    watchdog.stop()
