@@ -1,0 +1,217 @@
+"""Requests of actors: lease, publish, release, evaluation results.
+
+Invariant: a lease is granted only where admission allows it (I1); where it does not, the request waits here, and
+its sender is told what it waits for. One waiting request per connection: a newer one replaces it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgpack
+
+from broker.checks import check_group
+from broker.ending import Ending
+from broker.ledger import Facts, Group
+from broker.members import Peer
+from broker.outbox import Origin, Outbox
+from broker.state import RunState
+from broker.store import Entry
+from common.messages import (
+    Ack,
+    Assignment,
+    EvalJob,
+    EvalResult,
+    Grant,
+    GroupHeader,
+    Lease,
+    MalformedMessage,
+    Publish,
+    Release,
+)
+
+ENDING_HOLD_S = 0.5
+
+
+class Waiting(NamedTuple):
+    """A lease request that waits until `until` (broker's monotonic clock)."""
+
+    origin: Origin
+    actor: str
+    message: Lease
+    until: float
+
+
+class ActorRequests:
+    """Handlers have the signature (origin, peer, message, now); `publish` takes the payload before `now`."""
+
+    def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
+        self._state, self._outbox, self._ending = state, outbox, ending
+        self._waiting: dict[bytes, Waiting] = {}
+
+    # --- leases --------------------------------------------------------------------------------------------
+
+    def lease(self, origin: Origin, peer: Peer, message: Lease, now: float) -> None:
+        """Grant what can be granted at once, else wait."""
+        wait_s = min(message.wait_s, ENDING_HOLD_S) if self._ending.reason else message.wait_s
+        waiting = Waiting(origin, peer.name, message, now + wait_s)
+        self._waiting.pop(origin.connection, None)
+        if not self._grant(waiting, now):
+            self._waiting[origin.connection] = waiting
+
+    def settle(self, now: float) -> None:
+        """Grant to those who wait, first come first served; tell the others when their time is up."""
+        if not self._waiting:
+            return
+        rooms: dict[tuple[int, int], bool] = {}
+        for waiting in list(self._waiting.values()):
+            policy = waiting.message.era, waiting.message.version
+            if policy not in rooms:
+                rooms[policy] = self._may_get_work(*policy)
+            if rooms[policy] and self._grant(waiting, now):
+                del self._waiting[waiting.origin.connection]
+                rooms.clear()
+            elif now >= waiting.until:
+                del self._waiting[waiting.origin.connection]
+                self._outbox.reply(waiting.origin, Grant(groups=[], reason=self._why_not(waiting.message)))
+
+    def forget(self, actor: str) -> None:
+        """An actor is gone: so are its waiting requests."""
+        for connection in [c for c, waiting in self._waiting.items() if waiting.actor == actor]:
+            del self._waiting[connection]
+
+    def _may_get_work(self, era: int, version: int) -> bool:
+        if not self._state.ledger.exists(era, version):
+            return False
+        return self._state.evaluations.waiting is not None or self._state.ledger.room(version) > 0
+
+    def _grant(self, waiting: Waiting, now: float) -> bool:
+        state, message = self._state, waiting.message
+        if self._ending.reason is not None or not state.ledger.exists(message.era, message.version):
+            return False
+        job = state.evaluations.grant(waiting.actor, message.version, now)
+        groups = state.ledger.lease(
+            waiting.actor, self._share(waiting), era=message.era, version=message.version, now=now
+        )
+        if job is None and not groups:
+            return False
+        if groups and state.first_lease_time is None:
+            state.first_lease_time = time.time()
+        self._send_grant(waiting.origin, groups, job)
+        return True
+
+    def _share(self, waiting: Waiting) -> int:
+        """An actor's fair share of all that may be in flight, so that the first to come leaves some to others."""
+        rules = self._state.ledger.rules
+        window = (rules.max_staleness + 1) * rules.groups_per_step
+        fair = math.ceil(window / max(1, len(self._state.members.living("actor"))))
+        return max(0, min(waiting.message.capacity, fair - self._state.ledger.held_by(waiting.actor)))
+
+    def _send_grant(self, origin: Origin, groups: Sequence[Group], job: EvalJob | None) -> None:
+        state = self._state
+        assignments = [
+            Assignment(
+                group=group.key,
+                lease=group.lease,
+                question=state.questions[group.key.index],
+                samples=state.recipe.rollout.group_size,
+                deadline_s=state.recipe.broker.lease_s,
+            )
+            for group in groups
+        ]
+        self._outbox.reply(origin, Grant(groups=assignments, evaluation=job), durable=True)
+
+    def _why_not(self, message: Lease) -> str:
+        state, ledger = self._state, self._state.ledger
+        if self._ending.reason is not None:
+            return f"the run ends: {self._ending.reason}"
+        if not ledger.exists(message.era, message.version):
+            return (
+                f"waiting for weights: version {message.version} of era {message.era} is not of this history"
+            )
+        if ledger.finished:
+            return "every step is done"
+        if ledger.remaining == ledger.untaken:
+            return "every question of the run is given out"
+        if message.version < ledger.version and ledger.room(ledger.version) > 0:
+            return f"waiting for the weights of version {ledger.version}"
+        learners = state.members.living("learner")
+        who = f"learner {learners[0].name}" if learners else "a learner to join"
+        return f"the buffer is full ({ledger.untaken} groups in flight or buffered): waiting for {who}"
+
+    # --- groups ----------------------------------------------------------------------------------------------
+
+    def publish(
+        self, origin: Origin, peer: Peer, message: Publish, payload: Sequence[memoryview], now: float
+    ) -> None:
+        """Check a group, put it into ledger and store, acknowledge once both are saved."""
+        header, state = message.header, self._state
+        if header.actor != peer.name:
+            raise MalformedMessage(f"published as {header.actor} by {peer.name}")
+        check_group(header, payload, state.limits)
+        outcome = state.ledger.publish(_facts(header))
+        if outcome.status == "unknown":
+            self._outbox.refuse(origin, "conflict", outcome.reason or "")
+            return
+        if outcome.status == "future":
+            self._outbox.refuse(origin, "not_now", outcome.reason or "")
+            return
+        if outcome.status == "accepted":
+            packed = msgpack.packb(header.model_dump(mode="python"), use_bin_type=True)
+            state.store.put(header.group, Entry(packed, payload))
+        if outcome.status != "duplicate":
+            self._measure(peer, header, payload, outcome.status, now)
+        self._outbox.reply(origin, Ack(status=outcome.status, reason=outcome.reason), durable=True)
+
+    def _measure(
+        self, peer: Peer, header: GroupHeader, payload: Sequence[memoryview], status: str, now: float
+    ) -> None:
+        lengths = [response.tokens for response in header.responses]
+        meters = self._state.meters
+        meters.lengths["sampled"].add(lengths)
+        if status in ("filtered", "expired"):
+            meters.lengths[status].add(lengths)
+        meters.bytes_in += sum(len(part) for part in payload)
+        peer.groups += 1
+        peer.tokens += sum(lengths)
+        peer.token_rate.add(sum(lengths), now)
+
+    def release(self, origin: Origin, peer: Peer, message: Release, now: float) -> None:
+        """Take leases back."""
+        count = self._state.ledger.release(peer.name, message.groups, message.reason)
+        self._state.event(f"actor {peer.name} hands back {count} leases: {message.reason[:200]}")
+        self._outbox.reply(origin, Ack(), durable=True)
+
+    # --- evaluations -----------------------------------------------------------------------------------------
+
+    def eval_result(self, origin: Origin, peer: Peer, message: EvalResult, now: float) -> None:
+        """Take in the answers to an evaluation."""
+        state = self._state
+        if not state.ledger.exists(message.era, message.version):
+            state.evaluations.drop_actor(peer.name)
+            self._outbox.reply(origin, Ack(status="expired", reason="answered by a version that was rewound"))
+            return
+        entry = state.evaluations.result(message)
+        if entry is None:
+            self._outbox.reply(origin, Ack(status="duplicate"))
+            return
+        state.spool.append("eval", message.version, {k: v for k, v in entry.items() if k != "version"})
+        self._outbox.reply(origin, Ack(status="accepted"), durable=True)
+
+
+def _facts(header: GroupHeader) -> Facts:
+    rewards = [response.reward for response in header.responses]
+    return Facts(
+        key=header.group,
+        lease=header.lease,
+        actor=header.actor,
+        era=header.era,
+        oldest=header.min_version,
+        newest=header.max_version,
+        reward=sum(rewards) / len(rewards),
+        tokens=header.response_tokens,
+        zero_variance=len(set(rewards)) == 1,
+    )

@@ -1,0 +1,193 @@
+"""Held-out evaluations: when one is due, who answers it, what came out.
+
+Invariant: an evaluation is answered whole by one actor at one version of the surviving history, `requested` or
+later; at most one waits, a newer one replaces it. Training never waits for an evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
+
+
+@dataclass(slots=True)
+class Running:
+    """A job in an actor's hands since `since` (broker's monotonic clock)."""
+
+    job: EvalJob
+    actor: str
+    since: float
+
+
+@dataclass
+class Evaluations:
+    """The schedule. `questions` of all sets; `every` in versions; `history` holds one dict per result."""
+
+    questions: Sequence[EvalQuestion]
+    every: int
+    samples: int
+    temperature: float
+    max_tokens: int
+    lease_max_s: float
+    waiting: EvalJob | None = None
+    running: dict[int, Running] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    asked: set[int] = field(default_factory=set)
+    final_version: int | None = None
+    next_job: int = 1
+
+    def at(self, version: int, *, final: bool) -> bool:
+        """Version `version` exists: ask for an evaluation if one is due. True when asked."""
+        if final:
+            self.final_version = version
+        due = final or version % self.every == 0
+        if not self.questions or not due or version in self.asked:
+            return False
+        self.asked.add(version)
+        self.waiting = self._job(version)
+        return True
+
+    def _job(self, version: int) -> EvalJob:
+        job = EvalJob(
+            job=self.next_job,
+            requested=version,
+            questions=list(self.questions),
+            samples=self.samples,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+        )
+        self.next_job += 1
+        return job
+
+    def grant(self, actor: str, version: int, now: float) -> EvalJob | None:
+        """The waiting job, for an actor that is new enough and has none in hand."""
+        job = self.waiting
+        if job is None or version < job.requested or any(r.actor == actor for r in self.running.values()):
+            return None
+        self.waiting = None
+        self.running[job.job] = Running(job, actor, now)
+        return job
+
+    def drop_actor(self, actor: str) -> None:
+        """The actor is gone: its job waits again, unless a newer one does."""
+        for running in [r for r in self.running.values() if r.actor == actor]:
+            self._put_back(running)
+
+    def tick(self, now: float) -> None:
+        """Jobs that take too long wait again."""
+        for running in [r for r in self.running.values() if now - r.since > self.lease_max_s]:
+            self._put_back(running)
+
+    def _put_back(self, running: Running) -> None:
+        del self.running[running.job.job]
+        if self.waiting is None or self.waiting.requested < running.job.requested:
+            self.waiting = running.job
+
+    def result(self, message: EvalResult) -> dict[str, Any] | None:
+        """Take in a result; its metrics, or None when it is nobody's any more (a duplicate, or replaced)."""
+        running = self.running.pop(message.job, None)
+        job = running.job if running else None
+        if job is None and self.waiting is not None and self.waiting.job == message.job:
+            job, self.waiting = self.waiting, None
+        if job is None or message.version < job.requested:
+            return None
+        entry = {"version": message.version, "requested": job.requested, "seconds": message.seconds}
+        entry.update(metrics_of(message.rows))
+        self.history.append(entry)
+        return entry
+
+    def rewind(self, version: int) -> None:
+        """Versions after `version` are gone, and so is what was found out about them."""
+        self.history = [entry for entry in self.history if entry["version"] <= version]
+        self.asked = {asked for asked in self.asked if asked <= version}
+        self.running = {n: r for n, r in self.running.items() if r.job.requested <= version}
+        if self.waiting is not None and self.waiting.requested > version:
+            self.waiting = None
+        self.final_version = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the evaluation of the final version is in, or none is asked for."""
+        if not self.questions:
+            return True
+        return self.final_version is not None and any(
+            entry["requested"] == self.final_version for entry in self.history
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For the journal: results and which versions were asked for; open jobs are asked for again."""
+        open_versions = {r.job.requested for r in self.running.values()}
+        if self.waiting is not None:
+            open_versions.add(self.waiting.requested)
+        return {
+            "history": self.history,
+            "asked": sorted(self.asked),
+            "open": max(open_versions, default=None),
+            "final_version": self.final_version,
+            "next_job": self.next_job,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """As saved by `state`. A job keeps its number, so that the actor that holds it can still answer."""
+        self.history, self.asked = list(state["history"]), set(state["asked"])
+        self.final_version, self.next_job = state["final_version"], state["next_job"]
+        if state["open"] is not None and self.questions:
+            self.next_job = max(1, self.next_job - 1)
+            self.waiting = self._job(state["open"])
+
+
+def metrics_of(rows: Iterable[EvalRow]) -> dict[str, float]:
+    """Shares and lengths over all sets, and per set as `eval/SET/name`.
+
+    `pass1` is the share of correct answers among all sampled ones (temperature of the recipe), `greedy` among
+    the greedy ones; `unformatted`, `truncated` and `unverified` are shares of the sampled answers; lengths in
+    tokens, by verdict.
+    """
+    by_set: dict[str, list[EvalRow]] = defaultdict(list)
+    for row in rows:
+        by_set[row.set].append(row)
+    everything = [row for group in by_set.values() for row in group]
+    metrics = _shares(everything)
+    for name, group in sorted(by_set.items()):
+        metrics.update({f"eval/{_plain(name)}/{key}": value for key, value in _shares(group).items()})
+    return metrics
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+
+
+def _shares(rows: Sequence[EvalRow]) -> dict[str, float]:
+    greedy = [row.greedy for row in rows]
+    sampled = [answer for row in rows for answer in row.sampled]
+    metrics = {"questions": float(len(rows))}
+    if greedy:
+        metrics["greedy"] = _share(greedy, "correct")
+        metrics["greedy_length"] = _length(greedy)
+    if sampled:
+        metrics["pass1"] = _share(sampled, "correct")
+        metrics["length"] = _length(sampled)
+        for verdict in ("unformatted", "truncated", "unverified"):
+            metrics[verdict] = _share(sampled, verdict)
+        for name, answers in _by_correctness(sampled):
+            if answers:
+                metrics[f"length_{name}"] = _length(answers)
+    return metrics
+
+
+def _by_correctness(answers: Sequence[Scored]) -> list[tuple[str, list[Scored]]]:
+    correct = [answer for answer in answers if answer.verdict == "correct"]
+    return [("correct", correct), ("incorrect", [a for a in answers if a.verdict != "correct"])]
+
+
+def _share(answers: Sequence[Scored], verdict: str) -> float:
+    return sum(answer.verdict == verdict for answer in answers) / len(answers)
+
+
+def _length(answers: Sequence[Scored]) -> float:
+    return sum(answer.tokens for answer in answers) / len(answers)

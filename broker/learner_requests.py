@@ -1,0 +1,218 @@
+"""Requests of the learner: rewind, serve, take, fetch, commit, pin.
+
+Invariant: each may be repeated without harm. A step that is not there yet waits here, and its reply says who is
+waited for (I4).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from broker.ending import Ending
+from broker.ledger import Group, LedgerError, State
+from broker.members import Peer
+from broker.outbox import Origin, Outbox
+from broker.state import RunState
+from broker.store import Buffer
+from common.messages import Ack, Batch, Commit, Fetch, Payloads, Pin, Rewind, Rewound, Serve, Take
+
+
+class WaitingTake(NamedTuple):
+    """A take that waits since `since` until `until` (broker's monotonic clock)."""
+
+    origin: Origin
+    step: int
+    since: float
+    until: float
+
+
+class LearnerRequests:
+    """Handlers have the signature (origin, peer, message, now)."""
+
+    def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
+        self._state, self._outbox, self._ending = state, outbox, ending
+        self._waiting: dict[bytes, WaitingTake] = {}
+        self._starved_since: float | None = None  # since when some step is asked for and not there
+        self._committed: float | None = None
+
+    def waiting_since(self, now: float) -> float | None:
+        """Seconds that the learner has been waiting for a step; None when it is not."""
+        return None if self._starved_since is None else now - self._starved_since
+
+    def since_last_commit(self, now: float) -> float:
+        """Seconds since the last step was committed, or since somebody first asked (after a restart)."""
+        if self._committed is None:
+            self._committed = now
+        return now - self._committed
+
+    # --- where it starts -------------------------------------------------------------------------------------
+
+    def rewind(self, origin: Origin, peer: Peer, message: Rewind, now: float) -> None:
+        """The learner starts from a checkpoint: undo what came after it."""
+        state = self._state
+        era = state.ledger.era
+        outcome = state.ledger.rewind(message.step, message.version, state.store.kept)
+        self._waiting.clear()
+        self._starved_since = None
+        if state.ledger.era != era:
+            state.weights = None
+            state.evaluations.rewind(message.version)
+            state.evaluations.at(message.version, final=state.ledger.finished)
+            state.event(
+                f"learner {peer.name} starts from step {message.step}: era {state.ledger.era}, "
+                f"{outcome.reopened} groups reopened, {outcome.dropped} dropped"
+            )
+        reply = Rewound(
+            step=message.step, era=state.ledger.era, reopened=outcome.reopened, dropped=outcome.dropped
+        )
+        self._outbox.reply(origin, reply, durable=True)
+
+    def serve(self, origin: Origin, peer: Peer, message: Serve, now: float) -> None:
+        """Where weights come from; actors learn it with their next heartbeat."""
+        if message.weights.era != self._state.ledger.era:
+            raise LedgerError(
+                "stale", f"weights of era {message.weights.era}; this is era {self._state.ledger.era}"
+            )
+        self._state.weights = message.weights
+        self._outbox.reply(origin, Ack(), durable=True)
+
+    # --- a step ----------------------------------------------------------------------------------------------
+
+    def take(self, origin: Origin, peer: Peer, message: Take, now: float) -> None:
+        """Give the groups of a step, or wait for them."""
+        self._waiting.pop(origin.connection, None)
+        if self._give(origin, message.step):
+            return
+        if self._starved_since is None:
+            self._starved_since = now
+        self._waiting[origin.connection] = WaitingTake(origin, message.step, now, now + message.wait_s)
+
+    def settle(self, now: float) -> None:
+        """Answer takes whose groups are there or whose time is up."""
+        for waiting in list(self._waiting.values()):
+            try:
+                given = self._give(waiting.origin, waiting.step)
+            except LedgerError as error:
+                given = True
+                self._outbox.refuse(waiting.origin, error.code, str(error))
+            if given or now >= waiting.until:
+                del self._waiting[waiting.origin.connection]
+            if not given and now >= waiting.until:
+                self._outbox.reply(
+                    waiting.origin, Batch(step=waiting.step, ready=False, reason=self._waits_for(now))
+                )
+
+    def _give(self, origin: Origin, step: int) -> bool:
+        if self._state.ledger.finished:
+            return False
+        before = self._state.ledger.expired
+        groups = self._state.ledger.take(step)
+        if self._state.ledger.expired > before:
+            self._expired(self._state.ledger.expired - before)
+        if groups is None:
+            return False
+        self._starved_since = None
+        self._outbox.reply_plain(origin, "batch", self._batch(step, groups), durable=True)
+        return True
+
+    def _expired(self, count: int) -> None:
+        state = self._state
+        state.event(
+            f"{count} groups were too stale for step {state.ledger.next_step} and expired", warning=True
+        )
+
+    def _batch(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+        sent = [group for group in groups if group.state != State.FILTERED]
+        filtered = [group for group in groups if group.state == State.FILTERED]
+        return {
+            "step": step,
+            "ready": True,
+            "groups": [self._header(group) for group in sent],
+            "scheduled": len(groups),
+            "filtered": len(filtered),
+            "filtered_rewards": [group.reward for group in filtered],
+            "reason": None,
+        }
+
+    def _header(self, group: Group) -> dict[str, Any]:
+        entry = self._state.store.get(group.key)
+        assert entry is not None, f"group {group.key} is taken and not in the store"
+        return msgpack.unpackb(entry.header, raw=False)
+
+    def _waits_for(self, now: float) -> str:
+        state = self._state
+        if state.ledger.finished:
+            return f"finished: {state.ledger.step} steps are done"
+        lacking, urgent = state.ledger.missing()
+        if not state.members.living("actor"):
+            return f"{lacking} groups are missing: waiting for an actor to join"
+        if not lacking and urgent:
+            actors = ", ".join(sorted({group.actor for group in urgent})[:5])
+            return f"{len(urgent)} groups in flight must not be overtaken: waiting for {actors}"
+        in_flight = sum(1 for _ in state.ledger.leased)
+        return f"{lacking} groups are missing, {in_flight} are in flight: waiting for actors"
+
+    def fetch(self, origin: Origin, peer: Peer, message: Fetch, now: float) -> None:
+        """Give payloads of taken groups."""
+        payload: list[Buffer] = []
+        for key in message.groups:
+            group, entry = self._state.ledger.groups.get(key), self._state.store.get(key)
+            if group is None or entry is None or group.state != State.TAKEN:
+                raise LedgerError("conflict", f"group {key} is not taken")
+            payload += entry.payload
+        self._state.meters.bytes_out += sum(len(part) for part in payload)
+        self._outbox.reply(origin, Payloads(groups=message.groups), payload)
+
+    def commit(self, origin: Origin, peer: Peer, message: Commit, now: float) -> None:
+        """A step is done: the next version exists."""
+        state = self._state
+        trained = [g for g in state.ledger.taken.get(message.step, ()) if g.state == State.TAKEN]
+        groups = state.ledger.commit(message.step, message.version)
+        if groups:
+            state.meters.trained(message.step, [self._header(group) for group in trained])
+            state.store.consumed([group.key for group in trained])
+            self._committed = now
+            self._log_step(message, groups)
+            state.evaluations.at(message.version, final=state.ledger.finished)
+        self._outbox.reply(origin, Ack(), durable=True)
+
+    def _log_step(self, message: Commit, groups: Sequence[Group]) -> None:
+        state = self._state
+        state.last_commit_time = time.time()
+        filtered = sum(group.state == State.FILTERED for group in groups)
+        state.last_train = {"step": message.step, **message.metrics}
+        state.spool.append("train", message.step, message.metrics)
+        state.spool.append("broker", message.step, self._step_metrics(len(groups), filtered))
+        if message.samples:
+            state.spool.append("samples", message.step, {"rows": message.samples})
+
+    def _step_metrics(self, scheduled: int, filtered: int) -> dict[str, float]:
+        state = self._state
+        counts, staleness = state.ledger.counts(), state.meters.staleness_view()
+        sampled, trained = state.meters.lengths["sampled"], state.meters.lengths["trained"]
+        return {
+            "filtered_share": filtered / scheduled,
+            "staleness_max": staleness["last_max"],
+            "staleness_mean": staleness["mean"],
+            "in_flight": counts["in_flight"],
+            "buffered": counts["buffered"],
+            "expired": counts["expired"],
+            "abandoned": counts["abandoned"],
+            "ledger_sum_ok": float(counts["sum_ok"]),
+            "length_sampled": sampled.total / max(1, sampled.count),
+            "length_trained": trained.total / max(1, trained.count),
+            "actors": float(len(state.members.living("actor"))),
+        }
+
+    def pin(self, origin: Origin, peer: Peer, message: Pin, now: float) -> None:
+        """A checkpoint is safe: the history before it is final."""
+        state = self._state
+        if message.step > state.ledger.step:
+            raise LedgerError("conflict", f"step {message.step} is not committed yet")
+        state.pinned = {"step": message.step, "path": message.path}
+        state.store.pin(message.step, state.ledger)
+        self._outbox.reply(origin, Ack(), durable=True)

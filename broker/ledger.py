@@ -1,0 +1,617 @@
+"""The prompt ledger: which question is where, as a state machine without I/O.
+
+    pending -> leased -> buffered -> taken(step) -> consumed(step)
+                  |          |
+                  |          +-> pending again      (lease expired: too stale; rewound)
+                  +-> filtered(step)                (zero variance: counted in N or replaced, never sent)
+                  +-> pending again or abandoned    (lease lost, handed back, void)
+
+Invariants, each with a test:
+
+* I2: a question of an epoch is consumed at one step of the surviving history, or filtered, or abandoned with its
+  reason. A lease that is void never changes anything; the same publication twice counts once.
+* I3: every lease ever granted is in exactly one place:
+  leased = in flight + buffered + taken + consumed + filtered + expired + abandoned.
+  The unit of the sum is the *lease*, not the question: a lease that is lost counts as `expired` (too stale) or
+  `abandoned(reason)` for good, while its question goes back to pending and is leased again under the next number.
+  A *question* is given up (state ABANDONED) only after `max_attempts` lost leases, or if it cannot be answered.
+* I1: by `broker.staleness`; `sweep` is the hard guarantee.
+
+Policies are named (era, version). Step s trains on version s and its commit makes version s + 1. A rewind to
+step s opens a new era in which versions up to s live on and later ones are gone.
+
+The clock is passed in (seconds, any origin). `dirty` and `discarded` collect what the store must
+learn at its next save, which clears them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple
+
+from broker import staleness
+from broker.order import epoch_order
+from common.messages import GroupId
+
+DRAINING = "draining"
+UNANSWERABLE = "unanswerable"
+
+
+class State(IntEnum):
+    """Where a question is. The values are stored in the journal: never renumber."""
+
+    PENDING = 0
+    LEASED = 1
+    BUFFERED = 2
+    TAKEN = 3
+    CONSUMED = 4
+    FILTERED = 5
+    ABANDONED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the ledger needs to know of the recipe (see `common.recipe.schema` for units and defaults)."""
+
+    questions: int
+    groups_per_step: int
+    steps: int
+    max_staleness: int
+    max_epochs: int = 20
+    seed: int = 42
+    max_attempts: int = 5
+    lease_s: float = 600.0
+    lease_max_s: float = 3600.0
+    unlisted_s: float = 30.0
+    zero_variance: Literal["count", "train", "refill"] = "count"
+
+
+@dataclass(slots=True)
+class Group:
+    """One question of one epoch. `oldest`/`newest` are versions: of its tokens, or of its actor when leased."""
+
+    key: GroupId
+    position: int
+    state: State = State.PENDING
+    lease: int = 0
+    failures: int = 0
+    actor: str = ""
+    era: int = 0
+    oldest: int = 0
+    newest: int = 0
+    step: int = -1
+    reward: float = 0.0
+    tokens: int = 0
+    granted: float = field(default=0.0, compare=False)
+    renewed: float = field(default=0.0, compare=False)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Place in the order of all questions of all epochs."""
+        return self.key.epoch, self.position
+
+
+class Facts(NamedTuple):
+    """What the ledger must know of a published group."""
+
+    key: GroupId
+    lease: int
+    actor: str
+    era: int
+    oldest: int
+    newest: int
+    reward: float
+    tokens: int
+    zero_variance: bool
+
+
+class Published(NamedTuple):
+    """Outcome of a publication; `unknown` and `future` change nothing."""
+
+    status: Literal["accepted", "duplicate", "filtered", "expired", "unknown", "future"]
+    reason: str | None = None
+
+
+class Reopened(NamedTuple):
+    """Outcome of a rewind: questions whose training is undone, groups dropped."""
+
+    reopened: int
+    dropped: int
+
+
+class LedgerError(Exception):
+    """A request that contradicts the ledger; `code` as in `messages.Refused`. Nothing has changed."""
+
+    def __init__(self, code: Literal["stale", "conflict", "not_now"], reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+IN_BUFFER = (State.BUFFERED, State.TAKEN, State.CONSUMED)
+IN_HAND = (State.LEASED, State.BUFFERED, State.TAKEN, State.CONSUMED, State.FILTERED)
+
+
+class Ledger:
+    """See the module's docstring. Not thread-safe: the broker's loop is its only caller."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.step = 0
+        self.era = 0
+        self.forks: list[int] = []  # version that era i + 1 was rewound to
+        self.fresh_era = False  # nothing was taken or committed since the last rewind
+        self.granted = 0
+        self.expired = 0
+        self.abandoned: Counter[str] = Counter()
+        self.frontier = (0, 0)  # epoch and position of the first question never leased
+        self.groups: dict[GroupId, Group] = {}
+        self.taken: dict[int, list[Group]] = {}
+        self.states: Counter[State] = Counter()
+        self.dirty: set[GroupId] = set()
+        self.discarded: list[GroupId] = []  # published groups that nobody will ask for again
+        self._again: list[tuple[int, int, GroupId]] = []  # heap of questions to be leased again
+        self._due: Counter[int] = Counter()  # groups not taken, by deadline
+        self._ready: dict[GroupId, Group] = {}  # what a step may take: buffered, or filtered and counted
+        self._leased: dict[GroupId, Group] = {}
+
+    # --- where the run stands -----------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Newest version: commits since the base model in the surviving history."""
+        return self.step
+
+    @property
+    def next_step(self) -> int:
+        """First step whose groups are not taken."""
+        return self.step + len(self.taken)
+
+    @property
+    def untaken(self) -> int:
+        """Groups in flight or buffered that some step will take."""
+        return len(self._leased) + len(self._ready)
+
+    @property
+    def leased(self) -> Iterable[Group]:
+        """Groups in flight."""
+        return self._leased.values()
+
+    @property
+    def remaining(self) -> int:
+        """Questions that can still be trained on: not yet taken, filtered or abandoned."""
+        epoch, position = self.frontier
+        unseen = (self.rules.max_epochs - epoch) * self.rules.questions - position
+        return max(0, unseen) + self.states[State.PENDING] + self.untaken
+
+    @property
+    def last_step(self) -> int:
+        """Last step of the run: by `run.steps`, or earlier where the questions of `data.max_epochs` run out.
+
+        A last step that cannot be filled is not taken: the gradient's normaliser stays what it was (I5).
+        """
+        return min(self.rules.steps, self.next_step + self.remaining // self.rules.groups_per_step) - 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is committed."""
+        return not self.taken and self.step > self.last_step
+
+    def exists(self, era: int, version: int) -> bool:
+        """Whether (era, version) names a policy of the surviving history."""
+        if era > self.era:
+            return False
+        limit = min(self.forks[era:], default=self.version)
+        return version <= min(limit, self.version)
+
+    def room(self, version: int) -> int:
+        """Groups that an actor at `version` may be leased now (I1 by admission)."""
+        free = staleness.room(
+            self._due,
+            version=version,
+            next_step=self.next_step,
+            last_step=self.last_step,
+            groups_per_step=self.rules.groups_per_step,
+            max_staleness=self.rules.max_staleness,
+        )
+        return min(free, self.remaining - self.untaken)
+
+    def held_by(self, actor: str) -> int:
+        """Groups in flight at an actor."""
+        return sum(1 for group in self._leased.values() if group.actor == actor)
+
+    # --- transitions: every change of a group goes through here -------------------------------------------
+
+    def _deadline(self, group: Group) -> int:
+        return staleness.deadline(group.oldest, self.rules.max_staleness)
+
+    def _counts_in_a_step(self, group: Group) -> bool:
+        if group.state == State.FILTERED:
+            return group.step < 0 and self.rules.zero_variance == "count"
+        return group.state == State.BUFFERED
+
+    def _enter(self, group: Group) -> None:
+        self.groups[group.key] = group
+        self.states[group.state] += 1
+        if group.state == State.LEASED:
+            self._leased[group.key] = group
+            self._due[self._deadline(group)] += 1
+        elif self._counts_in_a_step(group):
+            self._ready[group.key] = group
+            self._due[self._deadline(group)] += 1
+        elif group.state == State.PENDING:
+            heapq.heappush(self._again, (*group.order, group.key))
+
+    def _leave(self, group: Group) -> None:
+        self.states[group.state] -= 1
+        waiting = self._leased.pop(group.key, None) or self._ready.pop(group.key, None)
+        if waiting is not None:
+            when = self._deadline(group)
+            self._due[when] -= 1
+            if not self._due[when]:
+                del self._due[when]
+
+    def _move(self, group: Group, state: State, **changes: Any) -> None:
+        if group.key in self.groups:
+            self._leave(group)
+        if group.state in IN_BUFFER and state not in IN_BUFFER:
+            self.discarded.append(group.key)
+        group.state = state
+        for name, value in changes.items():
+            setattr(group, name, value)
+        self._enter(group)
+        self.dirty.add(group.key)
+
+    def _put_back(self, group: Group, *, reason: str | None) -> None:
+        """End the lease of `group` as abandoned (or expired, without a reason); its question is pending again."""
+        if reason is None:
+            self.expired += 1
+        else:
+            self.abandoned[reason] += 1
+        self._move(group, State.PENDING, actor="", step=-1)
+
+    def _lose(self, group: Group, reason: str) -> None:
+        """A lease came to nothing and it may be the question's fault: give it up after `max_attempts`."""
+        group.failures += 1
+        if group.failures < self.rules.max_attempts:
+            self._put_back(group, reason=reason)
+        else:
+            self._give_up(group, reason)
+
+    def _give_up(self, group: Group, reason: str) -> None:
+        self.abandoned[reason] += 1
+        self._move(group, State.ABANDONED, actor="", step=-1)
+
+    # --- leases --------------------------------------------------------------------------------------------
+
+    def _next_question(self) -> Group | None:
+        while self._again:
+            *_, key = heapq.heappop(self._again)
+            group = self.groups[key]
+            if group.state == State.PENDING:
+                return group
+        epoch, position = self.frontier
+        if epoch >= self.rules.max_epochs:
+            return None
+        index = int(epoch_order(self.rules.seed, epoch, self.rules.questions)[position])
+        over = position + 1 == self.rules.questions
+        self.frontier = (epoch + 1, 0) if over else (epoch, position + 1)
+        return Group(GroupId(epoch, index), position)
+
+    def lease(self, actor: str, capacity: int, *, era: int, version: int, now: float) -> list[Group]:
+        """Lease up to `capacity` groups to an actor at (era, version); none where admission forbids it."""
+        if not self.exists(era, version):
+            return []
+        granted = []
+        for _ in range(min(capacity, self.room(version))):
+            group = self._next_question()
+            if group is None:
+                break
+            self.granted += 1
+            self._move(
+                group,
+                State.LEASED,
+                lease=group.lease + 1,
+                actor=actor,
+                era=era,
+                oldest=version,
+                newest=version,
+                step=-1,
+                granted=now,
+                renewed=now,
+            )
+            granted.append(group)
+        return granted
+
+    def renew(self, actor: str, keys: Iterable[GroupId], now: float) -> None:
+        """The actor says that it still works on these groups."""
+        for key in keys:
+            group = self._leased.get(key)
+            if group is not None and group.actor == actor:
+                group.renewed = now
+
+    def release(self, actor: str, keys: Iterable[GroupId], reason: str) -> int:
+        """Hand leases back. `DRAINING` is not held against a question; `UNANSWERABLE...` gives it up at once."""
+        count = 0
+        for key in keys:
+            group = self._leased.get(key)
+            if group is None or group.actor != actor:
+                continue
+            count += 1
+            if reason.startswith(UNANSWERABLE):
+                self._give_up(group, reason[:200])
+            elif reason.startswith(DRAINING):
+                self._put_back(group, reason="handed back")
+            else:
+                self._lose(group, "handed back")
+        return count
+
+    def drop_actor(self, actor: str, reason: str) -> int:
+        """The actor is gone: its leases come to nothing."""
+        lost = [group for group in self._leased.values() if group.actor == actor]
+        for group in lost:
+            self._lose(group, reason)
+        return len(lost)
+
+    def tick(self, now: float, alive: Callable[[str], bool]) -> list[Group]:
+        """End leases that ran out; returns them.
+
+        A lease ends `lease_s` after its last sign of life, `lease_max_s` after its grant in any case (I4), or when
+        a living actor has not listed it for `unlisted_s`: then the grant never reached it.
+        """
+        over = [group for group in self._leased.values() if self._ran_out(group, now, alive)]
+        for group in over:
+            self._lose(group, "lease ran out")
+        return over
+
+    def _ran_out(self, group: Group, now: float, alive: Callable[[str], bool]) -> bool:
+        silent = now - group.renewed
+        unlisted = silent > self.rules.unlisted_s and alive(group.actor)
+        return silent > self.rules.lease_s or now - group.granted > self.rules.lease_max_s or unlisted
+
+    def restart_clocks(self, now: float) -> None:
+        """After a restart of the broker: leases live on, their time starts anew."""
+        for group in self._leased.values():
+            group.granted = group.renewed = now
+
+    # --- publication ---------------------------------------------------------------------------------------
+
+    def publish(self, facts: Facts) -> Published:
+        """A scored group arrives. Anything but accepted / filtered leaves no group in the buffer."""
+        group = self.groups.get(facts.key)
+        if group is None or facts.lease > group.lease:
+            return Published("unknown", f"group {facts.key} has no lease {facts.lease}")
+        if facts.lease == group.lease and group.state in IN_HAND[1:]:
+            return Published("duplicate")
+        if facts.lease < group.lease or group.state != State.LEASED:
+            return Published("expired", f"lease {facts.lease} of group {facts.key} is void")
+        if facts.actor != group.actor:
+            return Published("unknown", f"group {facts.key} is leased to {group.actor}")
+        if not self.exists(facts.era, facts.newest):
+            if facts.era == self.era:
+                return Published("future", f"version {facts.newest} is not committed yet")
+            return self._refuse(group, "rewound", "sampled by versions that were rewound")
+        if staleness.expired(facts.oldest, self.next_step, self.rules.max_staleness):
+            return self._refuse(
+                group, None, f"sampled by version {facts.oldest}, too old for step {self.next_step}"
+            )
+        return self._accept(group, facts)
+
+    def _refuse(self, group: Group, outcome: str | None, reason: str) -> Published:
+        self._put_back(group, reason=outcome)
+        return Published("expired", reason)
+
+    def _accept(self, group: Group, facts: Facts) -> Published:
+        filtered = facts.zero_variance and self.rules.zero_variance != "train"
+        self._move(
+            group,
+            State.FILTERED if filtered else State.BUFFERED,
+            era=facts.era,
+            oldest=facts.oldest,
+            newest=facts.newest,
+            reward=facts.reward,
+            tokens=facts.tokens,
+        )
+        return Published("filtered" if filtered else "accepted")
+
+    # --- steps ---------------------------------------------------------------------------------------------
+
+    def sweep(self) -> list[GroupId]:
+        """Expire what `next_step` may no longer train on; the hard guarantee of I1. Returns what was dropped."""
+        stale = [
+            group
+            for group in self._ready.values()
+            if group.state == State.BUFFERED
+            and staleness.expired(group.oldest, self.next_step, self.rules.max_staleness)
+        ]
+        for group in stale:
+            self._put_back(group, reason=None)
+        return [group.key for group in stale]
+
+    def take(self, step: int) -> list[Group] | None:
+        """The groups of `step`, in the order of the questions; None: not there yet (see `missing`).
+
+        Oldest deadline first. Filtered groups hold a place where `zero_variance` is `count`. A step may be taken
+        while the one before it is not committed. The same step again gives the same groups.
+
+        Raises:
+            LedgerError: the step is already committed (`stale`) or its turn has not come (`not_now`).
+        """
+        if step in self.taken:
+            return self.taken[step]
+        if step < self.step:
+            raise LedgerError("stale", f"step {step} is committed; the next one is {self.step}")
+        if step != self.next_step or step > self.step + 1:
+            raise LedgerError("not_now", f"step {step} was asked for before step {self.next_step} was taken")
+        self.sweep()
+        chosen = self._choose()
+        if chosen is None:
+            return None
+        for group in chosen:
+            state = State.FILTERED if group.state == State.FILTERED else State.TAKEN
+            self._move(group, state, step=step)
+        self.taken[step] = sorted(chosen, key=lambda group: group.order)
+        self.fresh_era = False
+        return self.taken[step]
+
+    def _choose(self) -> list[Group] | None:
+        wanted = self.rules.groups_per_step
+        if len(self._ready) < wanted or self.next_step > self.last_step:
+            return None
+        by_deadline = sorted(self._ready.values(), key=lambda group: (self._deadline(group), group.order))
+        chosen = by_deadline[:wanted]
+        left = self._due - Counter(self._deadline(group) for group in chosen)
+        return chosen if staleness.leaves_feasible(left, self.next_step, wanted) else None
+
+    def missing(self) -> tuple[int, list[Group]]:
+        """What `next_step` waits for: groups still lacking, and leases that must not be overtaken."""
+        lacking = max(0, self.rules.groups_per_step - len(self._ready))
+        urgent = min((self._deadline(group) for group in self._leased.values()), default=None)
+        return lacking, [group for group in self._leased.values() if self._deadline(group) == urgent]
+
+    def commit(self, step: int, version: int) -> list[Group]:
+        """Step done: its groups are consumed. Returns them; empty when it was committed before.
+
+        Raises:
+            LedgerError: not the step in hand (`conflict`, `stale`).
+        """
+        if version != step + 1:
+            raise LedgerError("conflict", f"step {step} makes version {step + 1}, not {version}")
+        if step == self.step - 1:
+            return []
+        if step < self.step:
+            raise LedgerError("stale", f"step {step} is committed; the next one is {self.step}")
+        if step not in self.taken:
+            raise LedgerError("conflict", f"step {step} was not taken")
+        if step != self.step:
+            raise LedgerError("conflict", f"step {self.step} must be committed before step {step}")
+        groups = self.taken.pop(step)
+        for group in groups:
+            self._move(group, State.FILTERED if group.state == State.FILTERED else State.CONSUMED)
+        self.step += 1
+        self.fresh_era = False
+        if self.finished:
+            self.close()
+        return groups
+
+    def close(self) -> None:
+        """The run is over: what is left of the questions is too little for a step."""
+        for group in [
+            *self._leased.values(),
+            *(g for g in self._ready.values() if g.state == State.BUFFERED),
+        ]:
+            self._give_up(group, "end of the run")
+
+    def rewind(self, step: int, version: int, kept: Callable[[GroupId], bool]) -> Reopened:
+        """The learner starts from the checkpoint of `step`: undo what came after and open a new era.
+
+        Groups trained or taken after `step` go back to the buffer where their versions live on and their payload
+        is kept; else their questions are pending again. An era in which nothing was taken yet is reused, so that
+        the same request twice opens one era.
+
+        Raises:
+            LedgerError: the checkpoint is ahead of this ledger (`conflict`).
+        """
+        if version != step:
+            raise LedgerError("conflict", f"the checkpoint of step {step} has version {step}, not {version}")
+        if step > self.step:
+            raise LedgerError(
+                "conflict",
+                f"the checkpoint of step {step} is ahead of this broker's ledger (step {self.step})",
+            )
+        if self.fresh_era and step == self.step:
+            return Reopened(0, 0)
+        self.era += 1
+        self.forks.append(step)
+        self.taken.clear()
+        undone = [g for g in self.groups.values() if g.step >= step and g.state in IN_HAND[2:]]
+        dropped = sum(self._undo(group, kept) for group in undone)
+        self.step = step
+        dropped += self._drop_rewound()
+        self.fresh_era = True
+        return Reopened(len(undone), dropped)
+
+    def _undo(self, group: Group, kept: Callable[[GroupId], bool]) -> bool:
+        """Undo the training of a group; True when the group itself is lost."""
+        if group.state == State.FILTERED:
+            self._move(group, State.FILTERED, step=-1)
+            return False
+        if kept(group.key):
+            self._move(group, State.BUFFERED, step=-1)
+            return False
+        self._put_back(group, reason="rewound")
+        return True
+
+    def _drop_rewound(self) -> int:
+        """Drop groups and leases of versions that no longer exist."""
+        waiting = [
+            group
+            for group in self.groups.values()
+            if group.state in (State.LEASED, State.BUFFERED)
+            or (group.state == State.FILTERED and group.step < 0)
+        ]
+        gone = [group for group in waiting if not self.exists(group.era, group.newest)]
+        for group in gone:
+            self._put_back(group, reason="rewound")
+        return len(gone)
+
+    # --- books ---------------------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, Any]:
+        """The sum of I3, in leases; `sum_ok` says whether it adds up, `questions` counts questions by state."""
+        states = self.states
+        parts = {
+            "in_flight": states[State.LEASED],
+            "buffered": states[State.BUFFERED],
+            "taken": states[State.TAKEN],
+            "consumed": states[State.CONSUMED],
+            "filtered": states[State.FILTERED],
+            "expired": self.expired,
+            "abandoned": self.abandoned.total(),
+        }
+        return {
+            "leased": self.granted,
+            **parts,
+            "sum_ok": self.granted == sum(parts.values()),
+            "abandoned_reasons": dict(self.abandoned),
+            "questions": {
+                "seen": len(self.groups),
+                "pending_again": states[State.PENDING],
+                "given_up": states[State.ABANDONED],
+                "remaining": self.remaining,
+            },
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the groups, for the journal (plain types)."""
+        return {
+            "step": self.step,
+            "era": self.era,
+            "forks": list(self.forks),
+            "fresh_era": self.fresh_era,
+            "granted": self.granted,
+            "expired": self.expired,
+            "abandoned": dict(self.abandoned),
+            "frontier": list(self.frontier),
+        }
+
+    @classmethod
+    def restore(cls, rules: Rules, meta: dict[str, Any], groups: Iterable[Group]) -> Ledger:
+        """The ledger as it was saved."""
+        ledger = cls(rules)
+        ledger.step, ledger.era = meta["step"], meta["era"]
+        ledger.forks, ledger.fresh_era = list(meta["forks"]), meta["fresh_era"]
+        ledger.granted, ledger.expired = meta["granted"], meta["expired"]
+        ledger.abandoned = Counter(meta["abandoned"])
+        epoch, position = meta["frontier"]
+        ledger.frontier = (epoch, position)
+        for group in groups:
+            ledger._enter(group)
+            if group.step >= ledger.step and group.state in (State.TAKEN, State.FILTERED):
+                ledger.taken.setdefault(group.step, []).append(group)
+        for taken in ledger.taken.values():
+            taken.sort(key=lambda group: group.order)
+        return ledger

@@ -1,0 +1,128 @@
+"""The broker process: check, claim, bind, announce, serve, leave.
+
+Invariant: whatever the user got wrong is known before the socket is bound and nothing is written to a run that
+another broker serves.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from broker.metrics_page import MetricsPage
+from broker.run_folder import Claim
+from broker.server import Server, open_socket
+from broker.service import Service
+from broker.state import RunState, load_held_out, load_training_set
+from broker.status import snapshot
+from broker.store import MemoryStore
+from common.errors import UserError
+from common.keys import apply_server
+from common.recipe.schema import Recipe
+
+log = logging.getLogger("slipstream.broker")
+
+
+def serve(
+    recipe: Recipe, *, run_folder: Path, resume: bool = False, stop_event: threading.Event | None = None
+) -> int:
+    """Serve a run until it has ended; returns the exit code: 0 when it is finished or was stopped.
+
+    Args:
+        recipe: resolved, with `run.name` set.
+        run_folder: the run's folder; made if absent.
+        resume: continue the run in that folder.
+        stop_event: leave at once when set; by default SIGTERM and SIGINT set one.
+
+    Raises:
+        UserError: keys, port, folder or question sets are not usable; names the setting.
+    """
+    check_bind(recipe)
+    stop = stop_event or _stop_on_signals()
+    questions, held_out = load_training_set(recipe), load_held_out(recipe)
+    claim = Claim(run_folder, resume=resume)
+    context = zmq.Context()
+    page = MetricsPage(recipe.broker.metrics_port)
+    authenticator = None
+    try:
+        state = open_run(recipe, run_folder, questions, held_out)
+        socket = open_socket(context, recipe.broker.max_message_mb)
+        if recipe.broker.keys is not None:
+            authenticator = apply_server(socket, recipe.broker.keys, context)
+        address = bind(socket, recipe)
+        claim.announce(address=address, run=recipe.run.name, metrics_port=page.port)
+        log.info("run '%s': broker at %s, step %d", recipe.run.name, address, state.ledger.step)
+        return _serve(state, socket, stop, page)
+    finally:
+        if authenticator is not None:
+            authenticator.stop()
+        context.destroy(linger=0)
+        page.close()
+        claim.release()
+
+
+def open_run(recipe: Recipe, folder: Path, questions: Any, held_out: Any) -> RunState:
+    """The state of the run in `folder`: restored from its journal, or new."""
+    return RunState(recipe, folder, questions, held_out, MemoryStore())
+
+
+def _serve(state: RunState, socket: Any, stop: threading.Event, page: MetricsPage) -> int:
+    service = Service(state)
+    state.spool.append("run", state.ledger.step, {"recipe": state.recipe.model_dump(mode="json")})
+    try:
+        why = Server(socket, service, stop, page).run()
+    finally:
+        state.store.close()
+    if why != "interrupted":
+        outcome = "finished" if state.ledger.finished else "stopped"
+        final = snapshot(state, service.ending, None, time.monotonic())
+        state.spool.append("end", state.ledger.step, {"status": outcome, "reason": why, "final": final})
+    log.info("the broker leaves: %s", why)
+    return 0
+
+
+def check_bind(recipe: Recipe) -> None:
+    """Refuse an address that others can reach unless there are keys (I8)."""
+    host = recipe.broker.bind
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and recipe.broker.keys is None:
+        raise UserError(
+            f"broker.bind = '{host}' can be reached by others and needs CURVE keys: make some with "
+            "`slipstream keys init FOLDER`.",
+            setting="broker.keys",
+        )
+
+
+def bind(socket: Any, recipe: Recipe) -> str:
+    """Bind to the recipe's address; returns "host:port".
+
+    Raises:
+        UserError: the port is in use or the address is not this host's.
+    """
+    host, port = recipe.broker.bind, recipe.broker.port
+    try:
+        socket.bind(f"tcp://{host}:{port or '*'}")
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise UserError(
+                f"port {port} is in use; take another, or 0 for a free one.", setting="broker.port"
+            ) from None
+        raise UserError(f"cannot bind to '{host}': {error.strerror}.", setting="broker.bind") from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop

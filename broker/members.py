@@ -1,0 +1,180 @@
+"""Who is in the run: peers, their connections, signs of life, misbehaviour.
+
+Invariant: a peer is a name; it may hold several connections (routing ids). Whatever arrives over a connection
+that has not said Hello belongs to nobody. Both tables are bounded: strangers cost a fixed amount of memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.messages import Heartbeat, Hello
+
+MAX_CONNECTIONS = 20_000
+RATE_WINDOW_S = 60.0
+
+
+class Rate:
+    """Amount per second over the last minute."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, float]] = deque()
+        self._sum = 0.0
+        self._since: float | None = None
+
+    def add(self, amount: float, now: float) -> None:
+        """Count `amount` at `now` (seconds)."""
+        if self._since is None:
+            self._since = now
+        if self._points and now - self._points[-1][0] < 1.0:
+            when, before = self._points.pop()
+            self._points.append((when, before + amount))
+        else:
+            self._points.append((now, amount))
+        self._sum += amount
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._points and now - self._points[0][0] > RATE_WINDOW_S:
+            self._sum -= self._points.popleft()[1]
+
+    def per_second(self, now: float) -> float:
+        """Mean rate over the window, or since the first point where that is shorter."""
+        self._forget(now)
+        if self._since is None:
+            return 0.0
+        return max(0.0, self._sum) / max(1.0, min(RATE_WINDOW_S, now - self._since))
+
+
+@dataclass(slots=True)
+class Peer:
+    """A member; `seen` is on the broker's monotonic clock, `joined` a wall-clock time."""
+
+    name: str
+    role: str
+    host: str
+    pid: int
+    software: str
+    joined: float
+    seen: float
+    alive: bool = True
+    farewell: str = ""
+    state: str = "joining"
+    waiting_for: str | None = None
+    waiting_s: float = 0.0
+    version: int = 0
+    era: int = 0
+    telemetry: dict[str, float] = field(default_factory=dict)
+    bad: int = 0
+    groups: int = 0
+    tokens: int = 0
+    token_rate: Rate = field(default_factory=Rate)
+
+    def view(self, now: float) -> dict[str, Any]:
+        """What `status` shows of the peer."""
+        return {
+            "role": self.role,
+            "host": self.host,
+            "pid": self.pid,
+            "alive": self.alive,
+            "farewell": self.farewell,
+            "joined": self.joined,
+            "last_seen_s": round(now - self.seen, 3),
+            "state": self.state,
+            "waiting_for": self.waiting_for,
+            "waiting_s": self.waiting_s,
+            "version": self.version,
+            "era": self.era,
+            "telemetry": self.telemetry,
+            "bad_messages": self.bad,
+            "groups": self.groups,
+            "tokens": self.tokens,
+            "tokens_per_s": round(self.token_rate.per_second(now), 3),
+        }
+
+
+class Members:
+    """Peers by name and connections by routing id."""
+
+    def __init__(self, dead_after_s: float, max_bad: int) -> None:
+        self.dead_after_s = dead_after_s
+        self.max_bad = max_bad
+        self.peers: dict[str, Peer] = {}
+        self._connections: OrderedDict[bytes, str] = OrderedDict()
+        self._strangers: OrderedDict[bytes, int] = OrderedDict()
+
+    def of(self, connection: bytes) -> Peer | None:
+        """The living peer of a connection."""
+        name = self._connections.get(connection)
+        peer = self.peers.get(name) if name is not None else None
+        return peer if peer is not None and peer.alive else None
+
+    def living(self, role: str | None = None) -> list[Peer]:
+        """Peers in the run, of a role or all."""
+        return [peer for peer in self.peers.values() if peer.alive and role in (None, peer.role)]
+
+    def alive(self, name: str) -> bool:
+        """Whether a peer of this name is in the run."""
+        peer = self.peers.get(name)
+        return peer is not None and peer.alive
+
+    def join(self, connection: bytes, hello: Hello, now: float) -> Peer:
+        """Bind a connection to its peer, new, known or come back."""
+        known = self.peers.get(hello.peer)
+        if known is None or not known.alive or known.pid != hello.pid:
+            peer = Peer(
+                hello.peer, hello.role, hello.host, hello.pid, hello.software, joined=time.time(), seen=now
+            )
+            if known is not None:
+                peer.bad, peer.groups, peer.tokens = known.bad, known.groups, known.tokens
+            self.peers[hello.peer] = peer
+        self._connections[connection] = hello.peer
+        self._connections.move_to_end(connection)
+        if len(self._connections) > MAX_CONNECTIONS:
+            self._connections.popitem(last=False)
+        self.peers[hello.peer].seen = now
+        return self.peers[hello.peer]
+
+    def disconnect(self, name: str) -> None:
+        """Forget the connections of a peer: they must say Hello again."""
+        for connection in [c for c, peer in self._connections.items() if peer == name]:
+            del self._connections[connection]
+
+    def heard(self, peer: Peer, beat: Heartbeat) -> None:
+        """Keep what a heartbeat says."""
+        peer.state, peer.telemetry = beat.state, dict(beat.telemetry)
+        peer.waiting_for, peer.waiting_s = beat.waiting_for, beat.waiting_s
+        peer.version, peer.era = beat.version, beat.era
+
+    def leave(self, peer: Peer, reason: str) -> None:
+        """The peer is gone."""
+        peer.alive, peer.farewell, peer.state = False, reason, "gone"
+        peer.telemetry = {}
+        self.disconnect(peer.name)
+        if peer.role == "observer":
+            self.peers.pop(peer.name, None)
+
+    def silent(self, now: float) -> list[Peer]:
+        """Living peers not heard of for too long."""
+        return [peer for peer in self.peers.values() if peer.alive and now - peer.seen > self.dead_after_s]
+
+    def misbehaved(self, connection: bytes) -> int:
+        """Count a bad message against whoever sent it; returns their count."""
+        name = self._connections.get(connection)
+        if name is not None and name in self.peers:
+            self.peers[name].bad += 1
+            return self.peers[name].bad
+        self._strangers[connection] = self._strangers.get(connection, 0) + 1
+        if len(self._strangers) > MAX_CONNECTIONS:
+            self._strangers.popitem(last=False)
+        return self._strangers[connection]
+
+    def shut_out(self, connection: bytes, name: str | None = None) -> bool:
+        """Whether the sender (or the peer that it says it is) is past the limit of bad messages."""
+        name = name or self._connections.get(connection)
+        peer = self.peers.get(name) if name is not None else None
+        bad = max(peer.bad if peer else 0, self._strangers.get(connection, 0))
+        return bad >= self.max_bad

@@ -1,0 +1,101 @@
+"""What the broker measures of the groups that pass through it: lengths, staleness, rates.
+
+Invariant: each number has its denominator: lengths are per response and per fate, staleness is per trained token.
+The length distribution of what was *sampled* beside that of what was *trained* shows whether long responses are
+selected against (issue: dropping by age alone prefers short answers).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+EDGES = tuple(round(2 ** (k / 2)) for k in range(2, 41))  # 2 ... 1,048,576 tokens, two buckets per octave
+FATES = ("sampled", "trained", "filtered", "expired")
+
+
+class Lengths:
+    """A histogram of response lengths in tokens, with exact count and sum."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.longest = 0, 0, 0
+        self.buckets = [0] * (len(EDGES) + 1)
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Count responses."""
+        for length in lengths:
+            self.count += 1
+            self.total += length
+            self.longest = max(self.longest, length)
+            self.buckets[bisect_left(EDGES, length)] += 1
+
+    def quantile(self, share: float) -> float:
+        """Length below which `share` of the responses lie: the upper edge of its bucket, in tokens."""
+        wanted, seen = share * self.count, 0
+        for edge, count in zip(EDGES, self.buckets, strict=False):
+            seen += count
+            if seen >= wanted:
+                return float(min(edge, self.longest))
+        return float(self.longest)
+
+    def view(self) -> dict[str, float]:
+        """Count, mean, quantiles (upper bucket edges) and maximum."""
+        if not self.count:
+            return {"count": 0}
+        quantiles = {f"p{round(100 * q)}": self.quantile(q) for q in (0.5, 0.9, 0.99)}
+        return {"count": self.count, "mean": self.total / self.count, **quantiles, "max": self.longest}
+
+    def state(self) -> list[Any]:
+        """For the journal."""
+        return [self.count, self.total, self.longest, self.buckets]
+
+    def restore(self, state: list[Any]) -> None:
+        """As saved by `state`."""
+        self.count, self.total, self.longest = state[:3]
+        self.buckets = list(state[3])
+
+
+class Meters:
+    """Lengths by fate, staleness of trained tokens (versions), bytes and messages in and out."""
+
+    def __init__(self) -> None:
+        self.lengths = {fate: Lengths() for fate in FATES}
+        self.staleness: Counter[int] = Counter()
+        self.last_staleness: Counter[int] = Counter()
+        self.bytes_in = self.bytes_out = self.messages_in = self.bad_messages = 0
+
+    def trained(self, step: int, headers: Iterable[Mapping[str, Any]]) -> None:
+        """Count the groups of a committed step; headers as plain maps (see `GroupHeader`)."""
+        self.last_staleness = Counter()
+        for header in headers:
+            self.lengths["trained"].add(response["tokens"] for response in header["responses"])
+            for response in header["responses"]:
+                for version, tokens in response["versions"]:
+                    self.last_staleness[step - version] += tokens
+        self.staleness.update(self.last_staleness)
+
+    def staleness_view(self) -> dict[str, Any]:
+        """Histogram over trained tokens of the run, its mean and maximum, in versions."""
+        tokens = self.staleness.total()
+        mean = sum(age * count for age, count in self.staleness.items()) / tokens if tokens else 0.0
+        return {
+            "histogram": {str(age): count for age, count in sorted(self.staleness.items())},
+            "mean": mean,
+            "max": max(self.staleness, default=0),
+            "last_max": max(self.last_staleness, default=0),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """For the journal."""
+        return {
+            "lengths": {fate: lengths.state() for fate, lengths in self.lengths.items()},
+            "staleness": [[age, count] for age, count in self.staleness.items()],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """As saved by `state`."""
+        for fate, saved in state["lengths"].items():
+            self.lengths[fate].restore(saved)
+        self.staleness = Counter(dict(state["staleness"]))

@@ -1,0 +1,66 @@
+"""The broker's claim on its run folder: one lock, one address file.
+
+Invariant: at most one broker serves a folder (the kernel's file lock goes with the process, however it ends), and
+`broker.json` names a broker that is bound and answering, or one that has died; never one that is still starting.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+ADDRESS_FILE = "broker.json"
+LOCK_FILE = "broker.lock"
+JOURNAL_FOLDER = "journal"
+
+
+class Claim:
+    """Holds the lock of a run folder until `release`.
+
+    Raises:
+        UserError: another broker holds it, or the folder cannot be written; or it holds a run and `resume` is
+            False.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise UserError(f"another broker is serving '{folder}'.", setting="run.name") from None
+        if not resume and _was_served(folder):
+            self.release()
+            raise UserError(
+                f"'{folder}' already holds a run: continue it with --resume or choose another name.",
+                setting="run.name",
+            )
+        (folder / ADDRESS_FILE).unlink(missing_ok=True)
+
+    def announce(self, **facts: Any) -> None:
+        """Write `broker.json` atomically: where this broker is."""
+        path = self.folder / ADDRESS_FILE
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(
+            json.dumps({**facts, "pid": os.getpid(), "started": time.time()}), encoding="utf-8"
+        )
+        os.replace(temporary, path)
+
+    def release(self) -> None:
+        """Give the folder free; the address file stays as a record of the last broker."""
+        os.close(self._lock)
+
+
+def _was_served(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or (folder / JOURNAL_FOLDER).exists()

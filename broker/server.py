@@ -1,0 +1,129 @@
+"""The broker's loop: one thread, one ROUTER socket.
+
+Invariant: nothing that arrives can stop the loop; a reply that confirms something leaves only after the store
+has saved it (group commit: one save for all messages of a round); memory is bounded by finite high-water marks,
+a largest message, and an intake that stops when the disk is full.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import zmq
+
+from broker.metrics_page import MetricsPage
+from broker.outbox import Outgoing
+from broker.service import Service
+from broker.store import StoreFull
+
+log = logging.getLogger("slipstream.broker")
+
+HIGH_WATER_MARK = 64
+ROUND_MESSAGES = 256
+ROUND_BYTES = 32 << 20
+IDLE_MS = 20
+TICK_S = 0.25
+RETRY_FULL_S = 1.0
+
+
+def open_socket(context: zmq.Context, max_message_mb: int) -> Any:
+    """A ROUTER with finite queues that drops what no longer has a receiver."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_mb << 20)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.BACKLOG, 4096)
+    return socket
+
+
+class Server:
+    """Carries messages between the socket and the service until the run has ended.
+
+    Args:
+        socket: bound ROUTER.
+        service: answers.
+        stop: set by a signal: end at once, in order; peers wait for a restart.
+        page: the metrics page, or None.
+    """
+
+    def __init__(
+        self, socket: Any, service: Service, stop: threading.Event, page: MetricsPage | None = None
+    ) -> None:
+        self._socket, self._service, self._stop, self._page = socket, service, stop, page
+        self._next_tick = 0.0
+        self._next_save = 0.0
+
+    def run(self) -> str:
+        """Serve until the run has ended or `stop` is set; returns why."""
+        service = self._service
+        while not self._stop.is_set():
+            busy = bool(self._socket.poll(IDLE_MS))
+            now = time.monotonic()
+            if busy:
+                self._receive(now)
+            if now >= self._next_tick:
+                self._tick(now)
+            service.settle(now)
+            self._deliver(now)
+            if service.ending.over(now):
+                return service.ending.reason or "finished"
+        return "interrupted"
+
+    def _receive(self, now: float) -> None:
+        size = 0
+        for _ in range(ROUND_MESSAGES):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            buffers = [frame.buffer for frame in frames]
+            size += sum(len(buffer) for buffer in buffers)
+            self._service.receive(bytes(buffers[0]), buffers[1:], now)
+            if size > ROUND_BYTES:
+                return
+
+    def _tick(self, now: float) -> None:
+        self._next_tick = now + TICK_S
+        self._service.tick(now)
+        if self._page is not None:
+            self._page.update(self._service, now)
+
+    def _deliver(self, now: float) -> None:
+        self._save(now)
+        replies = self._service.outbox.empty(full=self._service.state.disk_full)
+        for reply in replies:
+            self._send(reply)
+        if replies and self._page is not None:
+            self._page.ack_seconds.observe(time.monotonic() - now)
+
+    def _save(self, now: float) -> None:
+        state = self._service.state
+        if state.disk_full and now < self._next_save:
+            return
+        try:
+            state.store.save(state.ledger, state.extra)
+        except StoreFull as error:
+            self._next_save = now + RETRY_FULL_S
+            if state.disk_full is None:
+                log.error("intake stops: %s", error)
+                state.disk_full = f"the broker's disk is full, nothing is taken in: {error}"
+                state.event(state.disk_full, warning=True)
+            return
+        if state.disk_full is not None:
+            state.disk_full = None
+            state.event("the disk has space again: intake goes on")
+            log.warning("the disk has space again: intake goes on")
+
+    def _send(self, reply: Outgoing) -> None:
+        try:
+            self._socket.send_multipart(
+                [reply.origin.connection, *reply.frames], flags=zmq.NOBLOCK, copy=False
+            )
+        except zmq.ZMQError as error:  # gone, or not reading: it will ask again
+            log.debug("a reply was dropped: %s", error)

@@ -1,0 +1,299 @@
+"""The broker's answers: requests in, replies and state changes out, without sockets or clocks of its own.
+
+Invariant: `receive` never raises and never changes state on a bad request (I8): it is answered with the reason,
+counted against its sender and, past `broker.max_bad_messages`, the sender is shut out. A request that cannot be
+answered yet waits here, at most as long as its sender said (I4).
+
+The loop calls `receive` for each message, then `settle` once, saves the store, and sends the outbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgpack
+
+from broker.actor_requests import ActorRequests
+from broker.ending import Ending
+from broker.learner_requests import LearnerRequests
+from broker.ledger import DRAINING, LedgerError
+from broker.members import Peer
+from broker.outbox import Origin, Outbox
+from broker.state import RunState
+from broker.status import group_view, snapshot
+from common.messages import (
+    Ack,
+    Goodbye,
+    GroupQuery,
+    Heartbeat,
+    Hello,
+    MalformedMessage,
+    Message,
+    Pulse,
+    Status,
+    StatusQuery,
+    Stop,
+    Welcome,
+    decode,
+)
+
+ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
+LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
+COMMON_KINDS = ("heartbeat", "goodbye", "stop", "status_query", "group_query")
+INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
+
+
+def software_version() -> str:
+    """Version of this installation, or "0" when it runs from a checkout that is not installed."""
+    try:
+        return version("slipstream-rl")
+    except PackageNotFoundError:
+        return "0"
+
+
+class Service:
+    """See the module's docstring."""
+
+    def __init__(self, state: RunState) -> None:
+        self.state = state
+        self.outbox = Outbox()
+        self.ending = Ending(state.members)
+        self.actors = ActorRequests(state, self.outbox, self.ending)
+        self.learner = LearnerRequests(state, self.outbox, self.ending)
+        self._software = software_version()
+        self._handlers: dict[str, Callable[..., None]] = {
+            "heartbeat": self._heartbeat,
+            "goodbye": self._goodbye,
+            "stop": self._stop,
+            "status_query": self._status,
+            "group_query": self._group,
+            **{kind: getattr(self.actors, kind) for kind in ACTOR_KINDS},
+            **{kind: getattr(self.learner, kind) for kind in LEARNER_KINDS},
+        }
+        self._ask_for_evaluation()
+
+    # --- what the loop calls --------------------------------------------------------------------------------
+
+    def receive(self, connection: bytes, frames: Sequence[memoryview], now: float) -> None:
+        """Take in one message: `frames` are the header and the payload."""
+        self.state.meters.messages_in += 1
+        try:
+            message, request = decode(frames[0]) if frames else _no_header()
+        except MalformedMessage as error:
+            self._bad(Origin(connection, _request_number(frames)), str(error))
+            return
+        origin = Origin(connection, request)
+        try:
+            self._answer(origin, message, frames[1:], now)
+        except MalformedMessage as error:
+            self._bad(origin, f"{message.kind}: {error}")
+        except LedgerError as error:
+            self.outbox.refuse(origin, error.code, str(error))
+
+    def settle(self, now: float) -> None:
+        """Answer waiting requests whose time or turn has come. Steps first: they make room for leases."""
+        self.learner.settle(now)
+        self.actors.settle(now)
+
+    def tick(self, now: float) -> None:
+        """Once in a while: who has fallen silent, which leases ran out, whether the run is over."""
+        for peer in self.state.members.silent(now):
+            self._remove(peer, "dead", f"not heard of for {now - peer.seen:.0f} s", now)
+        for group in self.state.ledger.tick(now, self.state.members.alive):
+            self.state.event(f"lease {group.lease} of group {group.key} ran out", warning=True)
+        self.state.evaluations.tick(now)
+        self._finish(now)
+
+    def leave(self, reason: str, now: float) -> None:
+        """The broker was told to stop (signal): end the run in order."""
+        self.ending.begin(reason, now, asked=True)
+
+    def _finish(self, now: float) -> None:
+        state = self.state
+        if self.ending.reason is not None or not state.ledger.finished:
+            return
+        state.ledger.close()
+        self._ask_for_evaluation()
+        if state.over:
+            self.ending.begin("finished", now, asked=False)
+        elif self.learner.since_last_commit(now) > state.recipe.broker.final_eval_s:
+            state.event(
+                f"no actor answered the last evaluation within broker.final_eval_s = "
+                f"{state.recipe.broker.final_eval_s:.0f} s; the run ends without it",
+                warning=True,
+            )
+            self.ending.begin("finished", now, asked=False)
+
+    # --- routing -------------------------------------------------------------------------------------------
+
+    def _answer(self, origin: Origin, message: Message, payload: Sequence[memoryview], now: float) -> None:
+        if payload and message.kind != "publish":
+            raise MalformedMessage("it has no payload")
+        if isinstance(message, Hello):
+            self._hello(origin, message, now)
+            return
+        if self.state.members.shut_out(origin.connection):
+            self.outbox.refuse(origin, "shut_out", "too many malformed messages")
+            return
+        peer = self.state.members.of(origin.connection)
+        if peer is None:
+            self.outbox.refuse(origin, "unknown_peer", "say Hello first")
+            return
+        peer.seen = now
+        self._check_role(peer, message)
+        if self.state.disk_full and message.kind in INTAKE:
+            self.outbox.refuse(origin, "full", self.state.disk_full)
+            return
+        handler = self._handlers[message.kind]
+        if message.kind == "publish":
+            handler(origin, peer, message, payload, now)
+        else:
+            handler(origin, peer, message, now)
+
+    @staticmethod
+    def _check_role(peer: Peer, message: Message) -> None:
+        kind = message.kind
+        if kind in COMMON_KINDS:
+            return
+        if (kind in ACTOR_KINDS and peer.role == "actor") or (
+            kind in LEARNER_KINDS and peer.role == "learner"
+        ):
+            return
+        raise MalformedMessage(f"not a request that {peer.role}s may send")
+
+    def _bad(self, origin: Origin, reason: str) -> None:
+        self.state.meters.bad_messages += 1
+        count = self.state.members.misbehaved(origin.connection)
+        limit = self.state.members.max_bad
+        if count == limit:
+            peer = self.state.members.of(origin.connection)
+            who = peer.name if peer else "a connection that never said Hello"
+            self.state.event(
+                f"{who} is shut out after {count} malformed messages; last: {reason}", warning=True
+            )
+        if count <= 2 * limit:  # past that, silence: an answer to everything would be a service to a flood
+            self.outbox.refuse(origin, "shut_out" if count >= limit else "malformed", reason[:500])
+
+    # --- every peer ------------------------------------------------------------------------------------------
+
+    def _hello(self, origin: Origin, hello: Hello, now: float) -> None:
+        state = self.state
+        if state.members.shut_out(origin.connection, hello.peer):
+            self.outbox.refuse(origin, "shut_out", "too many malformed messages")
+            return
+        if reason := self._incompatible(hello):
+            self.outbox.refuse(origin, "incompatible", reason)
+            return
+        if reason := self._conflict(hello):
+            self.outbox.refuse(origin, "conflict", reason)
+            return
+        known = state.members.peers.get(hello.peer)
+        if known is not None and known.alive and hello.role == "actor" and known.pid != hello.pid:
+            self._remove(known, "restarted", "came back as another process", now)
+        if hello.tokenizer is not None and state.tokenizer is None:
+            state.tokenizer = hello.tokenizer
+        was_in = state.members.alive(hello.peer)
+        peer = state.members.join(origin.connection, hello, now)
+        if not was_in and peer.role != "observer":
+            state.event(f"{peer.role} {peer.name} joined from {peer.host}")
+        self._welcome(origin)
+
+    def _incompatible(self, hello: Hello) -> str | None:
+        name = self.state.recipe.run.name
+        if hello.run is not None and hello.run != name:
+            return f"this broker serves the run '{name}', not '{hello.run}'"
+        if hello.software.split(".")[0] != self._software.split(".")[0]:
+            return f"this broker is Slipstream {self._software}, the peer is {hello.software}"
+        if None not in (hello.tokenizer, self.state.tokenizer) and hello.tokenizer != self.state.tokenizer:
+            return "the tokenizer differs from that of the others in this run (model.path)"
+        return None
+
+    def _conflict(self, hello: Hello) -> str | None:
+        known = self.state.members.peers.get(hello.peer)
+        if known is not None and known.alive and known.role != hello.role:
+            return f"'{hello.peer}' is already in the run as {known.role}"
+        others = [p.name for p in self.state.members.living("learner") if p.name != hello.peer]
+        if hello.role == "learner" and others:
+            return f"the learner '{others[0]}' is in the run; there is one learner at a time"
+        return None
+
+    def _welcome(self, origin: Origin) -> None:
+        state = self.state
+        welcome = Welcome(
+            run=state.recipe.run.name or "run",
+            recipe=state.recipe.model_dump(mode="json"),
+            folder=str(state.folder.resolve()),
+            step=state.ledger.step,
+            version=state.ledger.version,
+            era=state.ledger.era,
+            weights=state.weights,
+            heartbeat_s=state.recipe.broker.heartbeat_s,
+            resumed=state.resumed,
+        )
+        self.outbox.reply(origin, welcome)
+
+    def _heartbeat(self, origin: Origin, peer: Peer, beat: Heartbeat, now: float) -> None:
+        state = self.state
+        state.members.heard(peer, beat)
+        if peer.role == "actor":
+            state.ledger.renew(peer.name, beat.leases, now)
+        pulse = Pulse(
+            step=state.ledger.step,
+            version=state.ledger.version,
+            era=state.ledger.era,
+            weights=state.weights,
+            command=self.ending.command(peer.role, now),
+            reason=self.ending.reason,
+        )
+        self.outbox.reply(origin, pulse)
+
+    def _goodbye(self, origin: Origin, peer: Peer, message: Goodbye, now: float) -> None:
+        self.outbox.reply(origin, Ack())
+        if peer.role == "actor":
+            held = [group.key for group in self.state.ledger.leased if group.actor == peer.name]
+            self.state.ledger.release(peer.name, held, DRAINING)
+        self._remove(peer, "left", message.reason, now)
+
+    def _remove(self, peer: Peer, outcome: str, reason: str, now: float) -> None:
+        state = self.state
+        state.members.leave(peer, f"{outcome}: {reason}")
+        if peer.role == "observer":
+            return
+        lost = state.ledger.drop_actor(peer.name, f"actor {outcome}") if peer.role == "actor" else 0
+        state.evaluations.drop_actor(peer.name)
+        self.actors.forget(peer.name)
+        again = f"; {lost} leases go to others" if lost else ""
+        state.event(f"{peer.role} {peer.name} {outcome}: {reason}{again}", warning=outcome == "dead")
+
+    def _stop(self, origin: Origin, peer: Peer, message: Stop, now: float) -> None:
+        self.state.event(f"{peer.name} stops the run: {message.reason}")
+        self.ending.begin(message.reason, now, asked=True)
+        self.outbox.reply(origin, Ack())
+
+    def _status(self, origin: Origin, peer: Peer, query: StatusQuery, now: float) -> None:
+        status = snapshot(self.state, self.ending, self.learner.waiting_since(now), now, groups=query.groups)
+        self.outbox.reply(origin, Status(status=status))
+
+    def _group(self, origin: Origin, peer: Peer, query: GroupQuery, now: float) -> None:
+        view, payload = group_view(self.state, query.group)
+        self.outbox.reply(origin, view, payload)
+
+    def _ask_for_evaluation(self) -> None:
+        ledger = self.state.ledger
+        self.state.evaluations.at(ledger.version, final=ledger.finished)
+
+
+def _no_header() -> Any:
+    raise MalformedMessage("a message without a header")
+
+
+def _request_number(frames: Sequence[memoryview]) -> int:
+    """The request number of a message that is otherwise malformed, so that its sender learns why; else 0."""
+    try:
+        outer = msgpack.unpackb(bytes(frames[0]), raw=False)
+        number = outer[2]
+    except Exception:  # whatever is wrong with it, there is no number
+        return 0
+    return number if isinstance(number, int) and 0 <= number < 2**63 else 0

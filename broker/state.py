@@ -1,0 +1,163 @@
+"""Everything a broker knows of its run, in one place that handlers, status and journal share.
+
+Invariant: `ledger` and `extra()` together are what a restart needs; the rest (members, waiting requests, rates)
+is learnt anew from the peers within a heartbeat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from broker.checks import Limits
+from broker.evaluation import Evaluations
+from broker.ledger import Ledger, Rules
+from broker.members import Members
+from broker.meters import Meters
+from broker.store import Store
+from common.messages import EvalQuestion, WeightsAddress
+from common.recipe.schema import Recipe
+from common.tasks.sets import load_questions
+from common.tracking.spool import Spool
+
+EVENTS_KEPT = 100
+BASELINES = ("dr_grpo", "grpo", "rloo")
+
+
+def rules_of(recipe: Recipe, questions: int) -> Rules:
+    """The ledger's rules for a recipe with so many training questions."""
+    return Rules(
+        questions=questions,
+        groups_per_step=recipe.batch.questions_per_step,
+        steps=recipe.run.steps,
+        max_staleness=recipe.batch.max_staleness,
+        max_epochs=recipe.data.max_epochs,
+        seed=recipe.run.seed,
+        max_attempts=recipe.broker.max_attempts,
+        lease_s=recipe.broker.lease_s,
+        lease_max_s=recipe.broker.lease_max_s,
+        unlisted_s=recipe.broker.dead_after_s,
+        zero_variance=recipe.batch.zero_variance if zero_gradient(recipe) else "train",
+    )
+
+
+def zero_gradient(recipe: Recipe) -> bool:
+    """Whether a group of equal rewards has no gradient: a group baseline, and no KL term beside it."""
+    algorithm = recipe.algorithm
+    preset = {"wo_len": "dr_grpo", "wo_std": "dr_grpo"}.get(algorithm.preset, algorithm.preset)
+    return (
+        (algorithm.advantage or preset) in BASELINES and not algorithm.kl_beta and not algorithm.kl_in_reward
+    )
+
+
+def load_training_set(recipe: Recipe) -> list[dict[str, Any]]:
+    """The training questions in file order."""
+    data = recipe.data
+    found = load_questions(
+        data.train,
+        data_dir=data.data_dir,
+        split=data.split,
+        problem_field=data.problem_field,
+        answer_field=data.answer_field,
+        levels=data.levels,
+        limit=data.limit,
+    )
+    return [dict(row) for row in found]
+
+
+def load_held_out(recipe: Recipe) -> list[EvalQuestion]:
+    """The questions of all evaluation sets."""
+    questions = []
+    for spec in recipe.eval.sets:
+        found = load_questions(spec, data_dir=recipe.data.data_dir, limit=recipe.eval.limit)
+        questions += [EvalQuestion(set=found.name, uid=str(row["uid"]), question=dict(row)) for row in found]
+    return questions
+
+
+def evaluations_of(recipe: Recipe, held_out: Sequence[EvalQuestion]) -> Evaluations:
+    """The evaluation schedule of a recipe."""
+    return Evaluations(
+        questions=held_out,
+        every=recipe.eval.every,
+        samples=recipe.eval.samples,
+        temperature=recipe.eval.temperature,
+        max_tokens=recipe.eval.max_tokens or recipe.rollout.max_tokens,
+        lease_max_s=recipe.broker.lease_max_s,
+    )
+
+
+class RunState:
+    """The run as the broker sees it.
+
+    Args:
+        recipe: with `run.name` set.
+        folder: the run folder.
+        questions: training rows (`problem`, `answer`, ...), in file order.
+        held_out: evaluation questions.
+        store: where groups are kept.
+        ledger: as restored from a journal, or None for a new run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        questions: Sequence[dict[str, Any]],
+        held_out: Sequence[EvalQuestion],
+        store: Store,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.recipe, self.folder, self.questions, self.store = recipe, folder, questions, store
+        self.ledger = ledger or Ledger(rules_of(recipe, len(questions)))
+        self.resumed = ledger is not None
+        self.limits = Limits.of(recipe)
+        self.members = Members(recipe.broker.dead_after_s, recipe.broker.max_bad_messages)
+        self.evaluations = evaluations_of(recipe, held_out)
+        self.meters = Meters()
+        self.spool = Spool(folder / "metrics.jsonl")
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.tokenizer: str | None = None
+        self.weights: WeightsAddress | None = None
+        self.pinned: dict[str, Any] | None = None
+        self.last_train: dict[str, Any] | None = None
+        self.started = time.time()
+        self.first_lease_time: float | None = None
+        self.last_commit_time: float | None = None
+        self.ending: str | None = None  # why the run ends, once it does
+        self.disk_full: str | None = None
+
+    def event(self, text: str, *, warning: bool = False) -> None:
+        """Something a person may want to know: kept for `status`, and a point of the run's metrics."""
+        entry = {"time": time.time(), "step": self.ledger.step, "text": text, "warning": warning}
+        self.events.append(entry)
+        self.spool.append("event", self.ledger.step, {"text": text, "warning": warning})
+
+    def extra(self) -> dict[str, Any]:
+        """What the journal keeps besides the ledger (plain types)."""
+        return {
+            "tokenizer": self.tokenizer,
+            "weights": self.weights.model_dump() if self.weights else None,
+            "pinned": self.pinned,
+            "last_train": self.last_train,
+            "first_lease_time": self.first_lease_time,
+            "last_commit_time": self.last_commit_time,
+            "evaluations": self.evaluations.state(),
+            "meters": self.meters.state(),
+        }
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        """As saved by `extra`."""
+        self.tokenizer, self.pinned = extra["tokenizer"], extra["pinned"]
+        self.weights = WeightsAddress(**extra["weights"]) if extra["weights"] else None
+        self.last_train = extra["last_train"]
+        self.first_lease_time, self.last_commit_time = extra["first_lease_time"], extra["last_commit_time"]
+        self.evaluations.restore(extra["evaluations"])
+        self.meters.restore(extra["meters"])
+
+    @property
+    def over(self) -> bool:
+        """Whether all is done: the last step is committed and the last evaluation is in."""
+        return self.ledger.finished and self.evaluations.settled

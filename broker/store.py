@@ -1,0 +1,101 @@
+"""Where headers and payloads of groups are kept; here in memory, in `broker.journal` on disk.
+
+Invariant: `save` returns only once everything put so far, and the ledger as it stands, will survive what the
+store promises to survive (nothing here; a crash of the broker in the journal). ACKs wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from broker.ledger import Ledger
+from common.messages import GroupId
+
+Buffer = bytes | memoryview
+
+
+class Entry(NamedTuple):
+    """A group as it was published: its header as msgpack, and its three payload buffers."""
+
+    header: bytes
+    payload: Sequence[Buffer]
+
+
+class StoreFull(Exception):  # noqa: N818 - a state of the disk, not a defect
+    """No space: nothing is lost, nothing new is durable until `save` succeeds."""
+
+
+class Store(Protocol):
+    """What the service needs of a store."""
+
+    bytes_held: int
+
+    def put(self, key: GroupId, entry: Entry) -> None:
+        """Keep a group that was accepted."""
+
+    def get(self, key: GroupId) -> Entry | None:
+        """A group as published, or None where it is no longer kept."""
+
+    def kept(self, key: GroupId) -> bool:
+        """Whether `get` has it."""
+
+    def consumed(self, keys: Iterable[GroupId]) -> None:
+        """These groups are trained: keep them out of memory, and only as long as a rewind may need them."""
+
+    def pin(self, step: int, ledger: Ledger) -> None:
+        """History before `step` is final: what was consumed before it may go."""
+
+    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]]) -> None:
+        """Make everything so far durable. Raises StoreFull; calling again later tries again."""
+
+    def close(self) -> None:
+        """Release files."""
+
+
+class MemoryStore:
+    """`durability = "memory"`: a trained group is forgotten, a restart begins anew."""
+
+    def __init__(self) -> None:
+        self.bytes_held = 0
+        self._entries: dict[GroupId, Entry] = {}
+
+    def put(self, key: GroupId, entry: Entry) -> None:
+        """Keep a group."""
+        self._drop([key])
+        self._entries[key] = entry
+        self.bytes_held += _size(entry)
+
+    def get(self, key: GroupId) -> Entry | None:
+        """A group as published, or None."""
+        return self._entries.get(key)
+
+    def kept(self, key: GroupId) -> bool:
+        """Whether the group is still here."""
+        return key in self._entries
+
+    def consumed(self, keys: Iterable[GroupId]) -> None:
+        """Forget trained groups: a rewind will ask for their questions again."""
+        self._drop(keys)
+
+    def _drop(self, keys: Iterable[GroupId]) -> None:
+        for key in keys:
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                self.bytes_held -= _size(entry)
+
+    def pin(self, step: int, ledger: Ledger) -> None:
+        """Nothing to prune."""
+
+    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]]) -> None:
+        """Forget what the ledger discarded; nothing is durable."""
+        self._drop(ledger.discarded)
+        ledger.discarded.clear()
+        ledger.dirty.clear()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _size(entry: Entry) -> int:
+    return len(entry.header) + sum(len(part) for part in entry.payload)
