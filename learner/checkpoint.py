@@ -1,0 +1,258 @@
+"""Checkpoints: written whole or not at all, found again for sure.
+
+Invariant: a folder named `step-N` is complete, because it gets its name last; whatever a crash or a full disk
+leaves behind has another name and is never chosen. The pointer `latest.json` is replaced atomically after it, for
+people and tools. The checkpoint of step N is the state *before* step N: N steps are done, the policy is version N.
+
+    checkpoints/
+        latest.json             {"step": N, "folder": "step-00000N"}
+        step-00000N/            DeepSpeed's shards, one set per rank
+            hf/                 model and tokenizer in Hugging Face format, for vLLM, transformers or `eval`
+
+A resumed run continues bit for bit: weights, optimizer, schedule and random generators of all ranks. The order
+of the responses within a step is a function of seed and step (`learner.batch`) and needs no saving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.errors import RunFailedError, UserError
+from common.recipe.schema import Recipe
+from learner.engine import Engine, effective_stage
+from learner.model import bytes_of_checkpoint
+from learner.ranks import Ranks
+
+log = logging.getLogger("slipstream.learner")
+
+POINTER = "latest.json"
+EXPORT = "hf"
+# A change of these makes the saved state another model's or another layout's.
+BOUND_SETTINGS = (
+    "model.path",
+    "model.dtype",
+    "lora",
+    "algorithm.preset",
+    "learner.zero_stage",
+    "learner.ranks",
+)
+
+
+class Saved(NamedTuple):
+    """A complete checkpoint on disk."""
+
+    step: int
+    folder: Path
+
+
+class Checkpoints:
+    """The checkpoints of a run; `save` and `load` are collective over the ranks.
+
+    Args:
+        folder: `checkpoints` in the run folder; on storage that all ranks share.
+        recipe: kept with each checkpoint and compared on resume.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, ranks: Ranks) -> None:
+        self.folder = folder
+        self.failures = 0
+        self._recipe = recipe
+        self._ranks = ranks
+
+    def complete(self) -> list[Saved]:
+        """All complete checkpoints, oldest first."""
+        found = (Saved(_step_of(path), path) for path in self.folder.glob("step-*") if path.is_dir())
+        return sorted(saved for saved in found if saved.step >= 0)
+
+    def newest(self, at_most: int) -> Saved | None:
+        """The newest complete checkpoint that is not ahead of step `at_most`."""
+        return max((saved for saved in self.complete() if saved.step <= at_most), default=None)
+
+    def discard_after(self, step: int) -> None:
+        """Set aside checkpoints of a history that a rewind to `step` has ended."""
+        for saved in self.complete() if self._ranks.leads else ():
+            if saved.step > step:
+                self._delete(saved)
+
+    # --- saving -----------------------------------------------------------------------------------------
+
+    def save(self, engine: Engine, step: int, export: Callable[[Path], None]) -> Saved | None:
+        """Save the state before `step`.
+
+        Args:
+            export: collective; writes the Hugging Face-format model into the folder it is given.
+
+        Returns:
+            The checkpoint; None when the disk is full: the one before stays, and training can go on.
+        """
+        target = self.folder / _folder_name(step)
+        partial = self.folder / f".partial-{step:06d}"
+        if not self._has_room(engine):
+            return self._give_up(partial, f"less than {bytes_of_checkpoint(engine.policy) >> 20} MiB free")
+        try:
+            self._write(engine, step, partial, export)
+        except (OSError, RuntimeError) as error:
+            if self._ranks.world > 1:
+                raise  # the ranks are out of step: the launcher restarts them from the last checkpoint
+            return self._give_up(partial, str(error))
+        if self._ranks.leads:
+            self._delete(Saved(step, target))
+            partial.rename(target)
+            self._point_at(step, target)
+        self._ranks.barrier()
+        return Saved(step, target)
+
+    def _has_room(self, engine: Engine) -> bool:
+        if self._ranks.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lacking = self._ranks.leads and free_bytes(self.folder) < bytes_of_checkpoint(engine.policy)
+        return not self._ranks.any(lacking)
+
+    def _write(self, engine: Engine, step: int, partial: Path, export: Callable[[Path], None]) -> None:
+        if self._ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._ranks.barrier()
+        state = {
+            "step": step,
+            "version": step,
+            "recipe": self._recipe.model_dump(mode="json"),
+            "generators": self._ranks.gather(_generator_state(self._ranks)),
+        }
+        engine.deepspeed.save_checkpoint(
+            str(self.folder), tag=partial.name, client_state=state, save_latest=False
+        )
+        export(partial / EXPORT)
+        self._ranks.barrier()
+
+    def _give_up(self, partial: Path, reason: str) -> None:
+        self.failures += 1
+        if self._ranks.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+            log.warning("no checkpoint was written to %s (%s): the one before stays", self.folder, reason)
+
+    def _point_at(self, step: int, target: Path) -> None:
+        temporary = self.folder / f"{POINTER}.new"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"step": step, "folder": target.name}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / POINTER)
+
+    # --- loading ----------------------------------------------------------------------------------------
+
+    def load(self, engine: Engine, step: int) -> int:
+        """Restore everything from the checkpoint of `step` into a fresh engine; returns the step to go on with.
+
+        Raises:
+            UserError: the recipe has changed in a setting that the saved state is bound to.
+            RunFailedError: DeepSpeed does not find its files.
+        """
+        path, state = engine.deepspeed.load_checkpoint(str(self.folder), tag=_folder_name(step))
+        if path is None:
+            raise RunFailedError(f"the learner cannot load {self.folder / _folder_name(step)}")
+        self._compare(state["recipe"])
+        _restore_generators(state["generators"], self._ranks)
+        return state["step"]
+
+    def _compare(self, saved: Mapping[str, Any]) -> None:
+        before, now = _flat(saved), _flat(self._recipe.model_dump(mode="json"))
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        bound_settings = (*BOUND_SETTINGS, *(["learner.ranks"] if effective_stage(self._recipe) else []))
+        for name in changed:
+            if any(name == bound or name.startswith(f"{bound}.") for bound in bound_settings):
+                raise UserError(
+                    f"the checkpoint was written with {before.get(name)!r}; a resumed run cannot change it.",
+                    setting=name,
+                )
+        if changed and self._ranks.leads:
+            log.info("settings changed since the checkpoint: %s", ", ".join(changed))
+
+    # --- keeping ----------------------------------------------------------------------------------------
+
+    def prune(self, accuracy: Mapping[int, float]) -> None:
+        """Delete all but the last n and the best.
+
+        Args:
+            accuracy: held-out accuracy by policy version, as far as evaluated.
+        """
+        if not self._ranks.leads:
+            return
+        complete = self.complete()
+        keep = {saved.step for saved in complete[-self._recipe.learner.keep_last :]}
+        if self._recipe.learner.keep_best:
+            keep |= {saved.step for saved in best(complete, accuracy)}
+        for saved in complete:
+            if saved.step not in keep:
+                self._delete(saved)
+
+    def _delete(self, saved: Saved) -> None:
+        if saved.folder.exists():
+            # Renamed first: a half-deleted checkpoint must not look complete.
+            doomed = saved.folder.with_name(f".deleted-{saved.step:06d}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            saved.folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best(complete: list[Saved], accuracy: Mapping[int, float]) -> list[Saved]:
+    """The checkpoint with the best held-out accuracy, the later of equals; empty when none was evaluated.
+
+    A checkpoint counts with the newest evaluation of its own version or before.
+    """
+    scored = []
+    for saved in complete:
+        known = [version for version in accuracy if version <= saved.step]
+        if known:
+            scored.append((accuracy[max(known)], saved.step, saved))
+    return [max(scored)[2]] if scored else []
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that we may still write where `folder` is."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step_of(path: Path) -> int:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _generator_state(ranks: Ranks) -> Tensor:
+    """torch's generators (the only ones that the learner could draw from), as bytes: CPU, then GPU."""
+    states = [torch.get_rng_state()]
+    if ranks.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(ranks.device))
+    return torch.cat(states)
+
+
+def _restore_generators(states: list[Tensor], ranks: Ranks) -> None:
+    if ranks.rank >= len(states):
+        return
+    mine, size = states[ranks.rank], len(torch.get_rng_state())
+    torch.set_rng_state(mine[:size].clone())
+    if ranks.device.type == "cuda" and len(mine) > size:
+        torch.cuda.set_rng_state(mine[size:].clone(), ranks.device)

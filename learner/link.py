@@ -1,0 +1,171 @@
+"""Rank 0's line to the broker: what must arrive arrives, in order, and training never waits for it.
+
+Invariant: a posted message is sent again until the broker has answered it, and before any message posted after
+it; an outage of the broker costs nothing but time (I4). A refusal is kept as `failure` and ends the run.
+Heartbeats go the same way; their answers bring the broker's command.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from common.errors import RunFailedError, SlipstreamError
+from common.messages import Goodbye, Heartbeat, Message, Pulse, Serve, Status, StatusQuery, WeightsAddress
+from common.telemetry import Telemetry
+from common.wire import BrokerUnreachable, Client, RefusedError
+
+log = logging.getLogger("slipstream.learner")
+
+ATTEMPT_S = 5.0
+GOODBYE_S = 2.0
+
+
+class HistoryLost(SlipstreamError):  # noqa: N818 - a state of the world, not a defect
+    """The broker is in another era than we are; a restarted learner rewinds and goes on."""
+
+
+class BrokerLink:
+    """A thread that owns the control connection.
+
+    Args:
+        client: connected; used by this thread alone from now on.
+        weights: where this learner serves weights; said again to a broker that has forgotten.
+        heartbeat_s: seconds between signs of life.
+    """
+
+    def __init__(self, client: Client, weights: WeightsAddress, heartbeat_s: float) -> None:
+        self._client = client
+        self._weights = weights
+        self._heartbeat_s = heartbeat_s
+        self._outbox: queue.Queue[Message] = queue.Queue()
+        self._closing = threading.Event()
+        self._telemetry = Telemetry()
+        self._state = ("starting", None, time.monotonic())
+        self._meters: Callable[[], dict[str, float]] = dict
+        self.version = 0
+        self.command = "run"
+        self.reason: str | None = None
+        self.failure: Exception | None = None
+        self.accuracy: dict[int, float] = {}
+        self._thread = threading.Thread(target=self._run, name="broker-link", daemon=True)
+        self._thread.start()
+
+    def post(self, message: Message) -> None:
+        """Hand over a message; returns at once."""
+        self._outbox.put(message)
+
+    def be(self, state: str, waiting_for: str | None = None) -> None:
+        """Say what the learner does; `waiting_for` names whom it waits for."""
+        self._state = (state, waiting_for, time.monotonic())
+
+    def meter(self, read: Callable[[], dict[str, float]]) -> None:
+        """Add `read()` to the telemetry of each heartbeat."""
+        self._meters = read
+
+    def check(self) -> None:
+        """Raises RunFailedError if the broker refused what it must not refuse, HistoryLost if it forgot us."""
+        if isinstance(self.failure, HistoryLost):
+            raise self.failure
+        if self.failure is not None:
+            raise RunFailedError(f"the broker refused the learner: {self.failure}")
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all that was posted is answered; False when `seconds` were not enough."""
+        deadline = time.monotonic() + seconds
+        while self._outbox.unfinished_tasks and self.failure is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def close(self, reason: str, flush_s: float) -> bool:
+        """Deliver what is left, say goodbye, stop; False when something could not be delivered."""
+        delivered = self.flush(flush_s)
+        self._closing.set()
+        self._thread.join(ATTEMPT_S + GOODBYE_S)
+        if not self._thread.is_alive():
+            try:
+                self._client.request(Goodbye(reason=reason), timeout_s=GOODBYE_S)
+            except (BrokerUnreachable, RefusedError) as error:
+                log.info("the broker did not hear our goodbye: %s", error)
+            self._client.close()
+        return delivered
+
+    # --- the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._closing.is_set() and self.failure is None:
+            try:
+                message = self._outbox.get(timeout=max(0.0, min(0.2, due - time.monotonic())))
+            except queue.Empty:
+                message = None
+            if message is not None:
+                self._deliver(message)
+                self._outbox.task_done()
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._heartbeat_s
+                self._beat()
+
+    def _deliver(self, message: Message) -> None:
+        while not self._closing.is_set():
+            try:
+                self._take_in(self._client.request(message, timeout_s=ATTEMPT_S).message)
+                return
+            except BrokerUnreachable as error:
+                log.warning("%s; the learner keeps it and tries again", error)
+            except RefusedError as error:
+                if error.code != "full":
+                    log.error("the broker refused %s: %s", message.kind, error)
+                    self.failure = error
+                    return
+                log.warning("%s; the learner keeps %s and tries again", error, message.kind)
+                self._closing.wait(1.0)
+
+    def _beat(self) -> None:
+        state, waiting_for, since = self._state
+        try:
+            meters = self._telemetry.sample() | self._meters()
+            beat = Heartbeat(
+                state=state,
+                waiting_for=waiting_for,
+                waiting_s=time.monotonic() - since if waiting_for else 0.0,
+                version=self.version,
+                era=self._weights.era,
+                telemetry=meters,
+            )
+            self._take_in(self._client.request(beat, timeout_s=ATTEMPT_S).message)
+        except (BrokerUnreachable, RefusedError) as error:
+            log.warning("heartbeat: %s", error)
+
+    def _take_in(self, reply: Message) -> None:
+        if isinstance(reply, Status):
+            self.accuracy = accuracy_of(reply.status)
+        elif isinstance(reply, Pulse):
+            self.command, self.reason = reply.command, reply.reason
+            if reply.era != self._weights.era:
+                self.failure = HistoryLost(
+                    f"the broker is in era {reply.era} and the learner in {self._weights.era}: the broker lost its "
+                    "history, or another learner came"
+                )
+            elif reply.weights != self._weights:
+                self.post(Serve(weights=self._weights))
+
+    def ask_accuracy(self) -> None:
+        """Ask for the evaluations so far; `accuracy` has them when the answer is in."""
+        self.post(StatusQuery())
+
+
+def accuracy_of(status: dict[str, Any]) -> dict[int, float]:
+    """Held-out accuracy by version from a broker's status: sampled at the recipe's temperature, else greedy."""
+    known: dict[int, float] = {}
+    for entry in status.get("evaluations") or []:
+        value = entry.get("pass1", entry.get("greedy"))
+        if value is not None:
+            known[int(entry["version"])] = float(value)
+    return known

@@ -1,0 +1,41 @@
+"""The objective that a recipe names.
+
+Invariant: parts that do not go together are refused before anything starts; nothing is replaced in silence.
+"""
+
+from __future__ import annotations
+
+from common.recipe.schema import Recipe
+from learner.objectives import Objective, preset
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The recipe's objective: its preset with the settings that replace parts of it.
+
+    Raises:
+        UserError: parts that do not go together.
+    """
+    settings = recipe.algorithm
+    chosen = {
+        "advantage": settings.advantage,
+        "loss": settings.loss,
+        "anchor": settings.anchor if "anchor" in settings.model_fields_set else None,
+        "correction": settings.correction if "correction" in settings.model_fields_set else None,
+        "aggregation": settings.aggregation,
+        "clip_low": settings.clip_low,
+        "clip_high": settings.clip_high,
+        "dual_clip": settings.dual_clip,
+        "correction_low": settings.correction_floor,
+        "correction_high": settings.correction_cap,
+    }
+    return preset(
+        settings.preset,
+        budget=recipe.normaliser,
+        kl_beta=settings.kl_beta,
+        kl_penalty=settings.kl_in_reward,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        value_clip=settings.value_clip,
+        value_coef=settings.value_coefficient,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
