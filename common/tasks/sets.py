@@ -137,6 +137,14 @@ def load_questions(
     return _finish(spec, rows, levels, limit)
 
 
+def needs_network(spec: str, data_dir: str | Path | None = None) -> bool:
+    """Whether a set can only come from the hub: a hub id, or a paper set that the data folder lacks."""
+    if spec in PAPER_SETS:
+        folder = data_dir or os.environ.get(DATA_VARIABLE)
+        return folder is None or not any(_candidates(Path(folder), PAPER_SETS[spec].files))
+    return spec not in minimath.SETS and not _is_local(spec) and spec.count("/") == 1
+
+
 def _finish(name: str, rows: Iterable[Row], levels: Iterable[int] | None, limit: int | None) -> QuestionSet:
     if levels is not None:
         wanted = set(levels)

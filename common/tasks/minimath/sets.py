@@ -17,7 +17,7 @@ from common.tasks.minimath.exercise import Exercise, Question, text_hash
 from common.tasks.minimath.families import FAMILIES, MAX_LEVEL, draw
 
 _BUCKETS = 1000
-TRAIN = range(0, 700)
+TRAIN = range(700)
 ALL_LEVELS = tuple(range(1, MAX_LEVEL + 1))
 ALL_FAMILIES = tuple(FAMILIES)
 

@@ -14,9 +14,7 @@ from common.errors import UserError
 from common.tasks import sets
 from common.tasks.sets import load_questions
 
-SHARED = Path(
-    os.environ.get("SLIPSTREAM_SHARED", Path(__file__).resolve().parents[3].parent / "shared")
-)
+SHARED = Path(os.environ.get("SLIPSTREAM_SHARED", Path(__file__).resolve().parents[3].parent / "shared"))
 ROWS = [
     {"problem": "1+1=?", "answer": "2", "level": "Level 3"},
     {"problem": "1/2=?", "answer": 0.5, "level": 5},
@@ -62,7 +60,9 @@ def test_a_missing_field_is_named_with_the_present_ones(file: Path) -> None:
 def test_arrow_parquet_and_saved_folders(kind: str, tmp_path: Path) -> None:
     import datasets
 
-    table = datasets.Dataset.from_list([{"problem": "1+1=?", "answer": "2"}, {"problem": "2+2=?", "answer": "4"}])
+    table = datasets.Dataset.from_list(
+        [{"problem": "1+1=?", "answer": "2"}, {"problem": "2+2=?", "answer": "4"}]
+    )
     path = tmp_path / "saved"
     if kind == "parquet":
         path = path.with_suffix(".parquet")

@@ -12,7 +12,7 @@ _NAME = {"+": "add", "-": "sub", "*": "mul"}
 
 def level1(rng: random.Random) -> Exercise:
     op = rng.choice("+-*")
-    a, b = (rng.randint(3, 12), rng.randint(2, 9)) if op == "*" else (rng.randint(12, 60), rng.randint(2, 39))
+    a, b = (rng.randint(3, 12), rng.randint(2, 9)) if op == "*" else (rng.randint(10, 99), rng.randint(2, 60))
     a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
     return Exercise(
         f"{a}{op}{b}=?",
