@@ -1,0 +1,1 @@
+from .grade import grade

@@ -1,0 +1,2 @@
+def math_verify_equal(response, gold):
+    return False
