@@ -1,0 +1,261 @@
+"""A vLLM engine as the actor sees it: token ids in, samples out.
+
+Invariant (I6): what is recorded is what was sampled. Log-probabilities are those of the distribution that each
+token was drawn from (`processed_logprobs`: after the temperature; top-p, top-k and penalties are off), token
+ids are the engine's own (never text encoded again), the stop token is one of them, and every token carries the
+version of the weights that drew it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from actors.weights import WEIGHT_WORKER_EXTENSION
+from common.errors import RunFailedError, SlipstreamError
+from common.recipe import Recipe
+
+log = logging.getLogger("slipstream.actor.engine")
+
+CPU_KV_CACHE_MB = 1024
+CPU_BLOCK_TOKENS = 32  # vLLM takes 128 on the CPU: longer than many prompts, which then share nothing
+LIVENESS_S = 0.5
+
+
+class EngineLostError(SlipstreamError):
+    """The engine process is gone; this actor cannot go on, a fresh one can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response.
+
+    Attributes:
+        tokens: int32 [T], with the stop token where there is one.
+        logprobs: float32 [T], nats, under the distribution that was sampled from.
+        versions: (version, count) runs that add up to T.
+        finish: `stop` by end-of-sequence token or stop string, `length` by budget or context.
+        text: what the verifier reads: special tokens left out, a stop string left in only on request.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: list[tuple[int, int]]
+    finish: Literal["stop", "length"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample: temperature 0 is greedy; `max_tokens` is the budget; `stop` strings end a response."""
+
+    temperature: float
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    seed: int | None = None
+
+
+def engine_arguments(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs` for an actor called `name`."""
+    actor = recipe.actor
+    arguments: dict[str, Any] = {
+        "model": recipe.model.path,
+        "dtype": recipe.model.dtype,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "max_model_len": recipe.model.max_context,
+        "max_num_seqs": actor.max_sequences,
+        "tensor_parallel_size": actor.tensor_parallel,
+        "gpu_memory_utilization": actor.gpu_memory_utilization,
+        "enable_prefix_caching": actor.prefix_caching,
+        "enforce_eager": actor.enforce_eager,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": WEIGHT_WORKER_EXTENSION,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,  # their per-token bookkeeping was seen to cost 10 % of the actor's tokens/s
+        "seed": sampler_seed(recipe.run.seed, name),
+    }
+    if actor.kv_cache_mb is not None:
+        arguments["kv_cache_memory_bytes"] = actor.kv_cache_mb << 20
+    if recipe.lora is not None and recipe.lora.push == "adapter":
+        arguments |= {"enable_lora": True, "max_lora_rank": recipe.lora.rank, "max_loras": 1}
+    return arguments
+
+
+def sampler_seed(run_seed: int, name: str) -> int:
+    """Seed of an engine's sampler: actors of one run must not draw the same random numbers."""
+    return zlib.crc32(f"{run_seed}/{name}".encode())
+
+
+class Engine:
+    """An AsyncLLM whose process is tied to this one. Build it before any event loop or thread is started."""
+
+    def __init__(self, **arguments: Any) -> None:
+        """Start the engine process; blocks until the model is loaded.
+
+        Args:
+            arguments: of `AsyncEngineArgs`; `disable_log_stats` and the executor are filled in.
+
+        Raises:
+            RunFailedError: vLLM could not start it; its own words are on standard error.
+        """
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actors.executors import ACTOR_PID_VARIABLE
+
+        os.environ[ACTOR_PID_VARIABLE] = str(os.getpid())
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the recipe
+        try:
+            config = AsyncEngineArgs(**_for_this_device(arguments)).create_engine_config()
+            if _fork_is_safe(config):
+                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except Exception as error:
+            raise RunFailedError(
+                f"vLLM could not start on '{arguments['model']}': {_first_line(error)}"
+            ) from error
+        self.max_context: int = config.model_config.max_model_len
+        self._processes = list(self.llm.engine_core.resources.engine_manager.processes)
+        self._numbers = itertools.count()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer (transformers)."""
+        return self.llm.get_tokenizer()
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that run or wait in the engine."""
+        return self.llm.get_num_unfinished_requests()
+
+    async def warm_up(self, version: int = 0) -> None:
+        """Name the weights that the engine was started with, and generate one token with them."""
+        await self.llm.update_weight_version(str(version))
+        await self.generate([0], 1, Sampling(0.0, 1))
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        samples: int,
+        sampling: Sampling,
+        *,
+        cache_salt: str | None = None,
+        lora: Any | None = None,
+    ) -> list[Sample]:
+        """Sample `samples` responses to one prompt, which they share in the prefix cache.
+
+        Cancelling the call aborts them in the engine.
+
+        Raises:
+            EngineLostError: the engine process is gone.
+        """
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # A ready-made input enters the engine at once; a plain prompt would take a detour over a thread.
+        request = tokens_input(list(prompt), cache_salt=cache_salt)
+        parameters = _parameters(samples, sampling)
+        final = None
+        try:
+            async for output in self.llm.generate(
+                request, parameters, f"r{next(self._numbers)}", lora_request=lora
+            ):
+                final = output
+        except EngineDeadError:
+            raise EngineLostError("the vLLM engine process died") from None
+        assert final is not None
+        return [self._sample(completion, bool(sampling.stop)) for completion in final.outputs]
+
+    def _sample(self, completion: Any, has_text: bool) -> Sample:
+        tokens = np.asarray(completion.token_ids, dtype=np.int32)
+        text = (
+            completion.text if has_text else self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        )
+        return Sample(
+            tokens=tokens,
+            logprobs=np.asarray(completion.logprobs.logprobs[: len(tokens)], dtype=np.float32),
+            versions=_version_runs(completion),
+            finish="stop" if completion.finish_reason == "stop" else "length",
+            text=text,
+        )
+
+    async def watch(self) -> None:
+        """Returns never; raises `EngineLostError` once the engine process is gone."""
+        while not self.llm.errored:  # noqa: ASYNC110 - vLLM offers nothing to await
+            await asyncio.sleep(LIVENESS_S)
+        raise EngineLostError("the vLLM engine process died")
+
+    def shutdown(self, grace_s: float = 1.0) -> None:
+        """End the engine process and its workers: by SIGTERM, and by SIGKILL what is left after `grace_s`."""
+        with suppress(Exception):  # whatever vLLM finds on the way out, the processes must go
+            self.llm.shutdown(timeout=grace_s)
+        for process in self._processes:
+            process.kill()
+
+
+def _for_this_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Executor everywhere; on the CPU also KV cache size, block size and no compilation."""
+    from vllm.platforms import current_platform
+
+    from actors.executors import ManyWorkersExecutor, OneWorkerExecutor
+
+    one = arguments.get("tensor_parallel_size", 1) == 1
+    filled = {"distributed_executor_backend": OneWorkerExecutor if one else ManyWorkersExecutor} | arguments
+    if current_platform.is_cpu():
+        filled.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_MB << 20)
+        filled.setdefault("block_size", CPU_BLOCK_TOKENS)
+        filled["enforce_eager"] = True  # compiling takes half a minute
+    return filled
+
+
+def _fork_is_safe(config: Any) -> bool:
+    """Whether the engine process of this CPU engine may be forked, which spares importing vLLM twice (8 s).
+
+    vLLM forks by default but spawns on the CPU, because its multi-process workers read their OpenMP settings
+    at import. A single worker inherits ours. What remains dangerous is a lock held or an OpenMP pool used by
+    another thread at the moment of the fork: there must be no other Python thread, and nothing here computes
+    before the engine is started.
+    """
+    from vllm.platforms import current_platform
+
+    alone = threading.active_count() == 1
+    return current_platform.is_cpu() and config.parallel_config.world_size == 1 and alone
+
+
+def _parameters(samples: int, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=samples,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop) or None,
+        include_stop_str_in_output=sampling.include_stop,
+        seed=sampling.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),  # text is needed on the way only to find stop strings
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _version_runs(completion: Any) -> list[tuple[int, int]]:
+    return [(int(span.version), span.end - span.start) for span in completion.weight_versions]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,45 @@
+"""vLLM's executors, in an engine process that never outlives the actor that started it.
+
+Invariant: the engine process dies with its actor however the actor ends (also by SIGKILL), and hears none of
+the signals that are meant for the actor: Ctrl-C and a launcher's SIGTERM go to a process group, and an engine
+that took them would break off the very responses that a draining actor still wants to finish.
+
+vLLM constructs the executor inside the engine process, which is therefore where both are arranged. Workers of a
+tensor-parallel engine end by vLLM's own death pipe when the engine process does.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from common.process import die_with_parent
+
+ACTOR_PID_VARIABLE = "SLIPSTREAM_ACTOR_PID"
+
+
+def bind_to_actor() -> None:
+    """Tie this process to the actor's life and take it out of the actor's process group."""
+    die_with_parent()
+    actor = os.environ.get(ACTOR_PID_VARIABLE)
+    if actor is not None and os.getppid() != int(actor):
+        os._exit(1)  # the actor died before the tie was made
+    os.setpgid(0, 0)
+
+
+class OneWorkerExecutor(UniProcExecutor):
+    """The worker runs inside the engine process."""
+
+    def _init_executor(self) -> None:
+        bind_to_actor()
+        super()._init_executor()
+
+
+class ManyWorkersExecutor(MultiprocExecutor):
+    """One process per tensor-parallel rank."""
+
+    def _init_executor(self) -> None:
+        bind_to_actor()
+        super()._init_executor()

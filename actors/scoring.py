@@ -1,0 +1,59 @@
+"""Samples to verdicts and rewards.
+
+Invariant: every sample gets exactly one of the five verdicts. A response cut at the budget is `truncated` with
+reward 0, unseen by the verifier (paper section 3.4); a verifier that fails yields `unverified`, never `wrong`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from actors.engine import Sample
+from common.messages import Scored, Verdict
+
+
+class Score(NamedTuple):
+    """Verdict and reward of one response."""
+
+    verdict: Verdict
+    reward: float
+
+
+class Grader(Protocol):
+    """What scores a response: `common.verifier.pool.VerifierPool`."""
+
+    async def grade(self, response: str, question: dict[str, Any]) -> Any:
+        """A `common.verifier.verdict.Verdict`."""
+
+
+TRUNCATED = Score("truncated", 0.0)
+
+
+class Scorer:
+    """Scores samples in the verifier's processes; `waiting` are those not answered yet."""
+
+    def __init__(self, grader: Grader) -> None:
+        self._grader = grader
+        self.waiting = 0
+
+    async def score(self, question: dict[str, Any], samples: Sequence[Sample]) -> list[Score]:
+        """Scores of all samples of a question, in order."""
+        return list(await asyncio.gather(*(self._one(question, sample) for sample in samples)))
+
+    async def _one(self, question: dict[str, Any], sample: Sample) -> Score:
+        if sample.finish == "length":
+            return TRUNCATED
+        self.waiting += 1
+        try:
+            found = await self._grader.grade(sample.text, question)
+        finally:
+            self.waiting -= 1
+        return Score(found.verdict.value, found.reward)
+
+
+def scored(sample: Sample, score: Score, *, keep_text: bool) -> Scored:
+    """A row of an evaluation."""
+    text = sample.text if keep_text else None
+    return Scored(verdict=score.verdict, reward=score.reward, tokens=len(sample.tokens), text=text)
