@@ -96,6 +96,11 @@ class WeightReceiver:
     # ---------------------------------------------------------------- what the actor uses
 
     @property
+    def origin(self) -> str | None:
+        """Token of the publisher that `version` came from; None for the weights that the engine started with."""
+        return self._origin
+
+    @property
     def cache_salt(self) -> str | None:
         """What prompts must carry as `cache_salt` when the KV cache outlives a swap; None when it does not."""
         if self._clear_cache:
@@ -216,7 +221,7 @@ class WeightReceiver:
 
     async def _take(self, client: LinkClient, offer: Offer, address: Address) -> None:
         try:
-            seconds = await asyncio.wrap_future(client.staged(offer))
+            seconds = await self._staged(client, offer)
         except LinkError as error:
             if error.cause is not Cause.SUPERSEDED:
                 raise
@@ -232,6 +237,14 @@ class WeightReceiver:
         self._meters["bytes"] += offer.nbytes
         self._meters |= {"staged_s": seconds, "stopped_ms": stopped_ms}
         await self._in_thread(client.tell, "committed", offer, staged_s=seconds, stopped_ms=stopped_ms)
+
+    async def _staged(self, client: LinkClient, offer: Offer) -> float:
+        """Seconds until all workers hold the version; bounded here too, should the store itself freeze."""
+        try:
+            async with asyncio.timeout(offer.push_deadline_s + self._deadline_s):
+                return await asyncio.wrap_future(client.staged(offer))
+        except TimeoutError:
+            raise LinkError(Cause.STORE, "the weight store froze during a push") from None
 
     # ---------------------------------------------------------------- the swap
 
@@ -272,6 +285,10 @@ class WeightReceiver:
                 await self._engine.collective_rpc(f"slipstream_weights_{method}", args=args)
         except TimeoutError:
             raise LinkError(Cause.DEADLINE, f"the engine did not answer {method}") from None
+        except Exception as error:
+            if self._engine.errored:
+                raise EngineDamagedError(f"the engine is dead: {error}") from error
+            raise LinkError(Cause.PEER_LOST, f"{method} failed in a worker: {error}") from error
 
     async def _in_thread(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Runs a call that may block for its own deadline, off the event loop."""
