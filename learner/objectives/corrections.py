@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.objectives.losses import MAX_LOG_RATIO, bounded_exp
+from learner.objectives.losses import bounded_exp
 from learner.objectives.segments import segment_mean, segment_sum
 
 CORRECTIONS = ("none", "tis", "icepop", "sequence_mask", "geometric_mask", "m2po")
@@ -45,29 +45,24 @@ def icepop(log_rho: Tensor, low: float, high: float) -> Tensor:
     return rho * ((rho >= low) & (rho <= high))
 
 
-def sequence_mask(
-    log_rho: Tensor, low: float, high: float, sequence: Tensor, count: int, mask: Tensor | None = None
-) -> Tensor:
+def sequence_mask(log_rho: Tensor, low: float, high: float, sequence: Tensor, count: int) -> Tensor:
     """Sequence-level masked importance sampling: Π_t ρ_t for responses where it lies in [low, high], else 0.
 
     Liu, Li et al. 2025, "When Speed Kills Stability" (Seq-MIS, C = 2); masks of whole responses: arXiv 2512.23075.
     The product grows with length, so that long responses are dropped more often: see `geometric_mask`.
     """
-    total = segment_sum(log_rho if mask is None else log_rho * mask, sequence, count)
-    rho = bounded_exp(total)
+    rho = bounded_exp(segment_sum(log_rho, sequence, count))
     return (rho * ((rho >= low) & (rho <= high)))[sequence]
 
 
-def geometric_mask(
-    log_rho: Tensor, low: float, high: float, sequence: Tensor, count: int, mask: Tensor | None = None
-) -> Tensor:
+def geometric_mask(log_rho: Tensor, low: float, high: float, sequence: Tensor, count: int) -> Tensor:
     """min(ρ_t, 2) in responses whose geometric mean of ρ_t lies in [low, high], else 0.
 
     Li, Liu 2025, "Trust Region Optimization via Sequence Masking" (Geo-Mask): the length-free form of
     `sequence_mask`. For engine mismatch alone bounds as tight as [0.999, 1.001] are in use; our default [0.5, 2]
     leaves room for staleness.
     """
-    mean = segment_mean(log_rho, sequence, count, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    mean = bounded_exp(segment_mean(log_rho, sequence, count))
     return tis(log_rho, 0.0, TOKEN_CAP) * ((mean >= low) & (mean <= high))[sequence]
 
 
@@ -82,7 +77,7 @@ def second_moment_limit(log_rho: Tensor, tau: float = SECOND_MOMENT) -> float:
     M2PO (arXiv 2510.01161) drops the tokens with the largest second moment first and no more than needed.
 
     Args:
-        log_rho: [T] of *all* tokens of the optimizer step, over all ranks.
+        log_rho: [T] of *all* trained tokens of the optimizer step, over all ranks.
 
     Returns:
         The limit; infinity when nothing needs to go, −1 when even the smallest exceeds τ (drops everything).

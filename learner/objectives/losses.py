@@ -70,7 +70,6 @@ def gspo(
     high: float,
     sequence: Tensor,
     count: int,
-    mask: Tensor | None = None,
 ) -> TokenLoss:
     """PPO's clip on the sequence ratio s = exp(mean_t log ρ_t), the same for all tokens of a response.
 
@@ -79,9 +78,8 @@ def gspo(
 
     Args:
         sequence: [T] int64 in 0..count−1.
-        mask: [T] bool; tokens that are not trained on leave the mean.
     """
-    log_s = segment_mean(log_ratio, sequence, count, mask)
+    log_s = segment_mean(log_ratio, sequence, count)
     return ppo_clip(log_s[sequence], advantages, low, high)
 
 

@@ -91,7 +91,6 @@ def token_metrics(
     kl_reference: Tensor | None = None,
     entropy: Tensor | None = None,
     staleness: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> TokenMetrics:
     """Metrics of one micro-batch.
 
@@ -101,7 +100,6 @@ def token_metrics(
         policy: supplies where the clip acted.
         loss: [T] weighted loss; summed, not averaged.
         staleness: [T] int64 policy versions between sampling and training; None counts as 0.
-        mask: [T] bool; tokens not trained on are left out of everything.
     """
     ratio = bounded_exp(log_ratio)
     zeros = torch.zeros_like(ratio)
@@ -120,8 +118,6 @@ def token_metrics(
     }
     table = torch.stack([columns[name].double() for name in SUMS], 1)
     bucket = _buckets(staleness, ratio)
-    if mask is not None:
-        table, bucket, ratio = table[mask], bucket[mask], ratio[mask]
     zero = TokenMetrics.zero(ratio.device)
     return TokenMetrics(
         zero.sums.index_add(0, bucket, table),

@@ -6,7 +6,7 @@ loss of the optimizer step, however the tokens were split.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -56,15 +56,24 @@ class ResponseTokens:
 
     def to(self, device: torch.device | str) -> ResponseTokens:
         """The same with its tensors on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def trained_only(self) -> ResponseTokens:
+        """Without the masked tokens; nothing that they hold, not even NaN, can reach a loss or a metric."""
+        if self.mask is None:
+            return self
+        keep = self.mask
+        return replace(self._each(lambda tensor: tensor[keep]), mask=None)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> ResponseTokens:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(
-            self,
-            **{
-                name: value.to(device, non_blocking=True)
-                for name, value in tensors.items()
-                if isinstance(value, Tensor)
-            },
+            self, **{name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)}
         )
+
+
+def _select(values: Tensor | None, mask: Tensor) -> Tensor | None:
+    return None if values is None else values[mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +210,7 @@ class Objective:
         """What the correction needs from all tokens of the optimizer step; None for all but m2po.
 
         Args:
-            log_rho: [T] log π_prox − log μ of the whole step, all ranks.
+            log_rho: [T] log π_prox − log μ of all trained tokens of the step, over all ranks.
         """
         return corrections.second_moment_limit(log_rho, self.second_moment) if self.needs_step_limit else None
 
@@ -226,6 +235,9 @@ class Objective:
             (Σ_t weight_t × loss_t, a scalar to call backward on; additive metrics). T = 0 (a filler) gives an
             exact 0 that still reaches the parameters.
         """
+        if tokens.mask is not None:
+            logp, entropy, values = (_select(tensor, tokens.mask) for tensor in (logp, entropy, values))
+            tokens = tokens.trained_only()
         prox_logp = logp.detach() if tokens.prox_logp is None else tokens.prox_logp
         policy = self._policy_loss(logp, prox_logp, tokens)
         correction = self._correction(prox_logp, tokens, step_limit)
@@ -237,12 +249,7 @@ class Objective:
             loss = loss + self.value_coef * value_loss(
                 values, tokens.old_values, tokens.returns, self.value_clip
             )
-        # `where`, not a product: a masked token may hold anything, and 0 × NaN is NaN.
-        loss = (
-            loss * tokens.weights
-            if tokens.mask is None
-            else torch.where(tokens.mask, loss * tokens.weights, 0.0)
-        )
+        loss = loss * tokens.weights
         metrics = token_metrics(
             logp.detach() - tokens.behaviour_logp,
             policy,
@@ -251,7 +258,6 @@ class Objective:
             kl_reference=kl_reference,
             entropy=entropy,
             staleness=tokens.staleness,
-            mask=tokens.mask,
         )
         return loss.sum(), metrics
 
@@ -263,9 +269,7 @@ class Objective:
         if self.loss == "cispo":
             return losses.cispo(log_ratio, tokens.advantages, low, high, logp)
         if self.loss == "gspo":
-            return losses.gspo(
-                log_ratio, tokens.advantages, low, high, tokens.sequence, tokens.count, tokens.mask
-            )
+            return losses.gspo(log_ratio, tokens.advantages, low, high, tokens.sequence, tokens.count)
         return losses.reinforce(tokens.advantages, logp)
 
     def _correction(self, prox_logp: Tensor, tokens: ResponseTokens, limit: float | None) -> Tensor | None:
@@ -284,7 +288,7 @@ class Objective:
         whole = (
             corrections.sequence_mask if self.correction == "sequence_mask" else corrections.geometric_mask
         )
-        return whole(log_rho, low, high, tokens.sequence, tokens.count, tokens.mask)
+        return whole(log_rho, low, high, tokens.sequence, tokens.count)
 
     def _reference_kl(self, logp: Tensor, tokens: ResponseTokens) -> Tensor | None:
         if self.kl_beta == 0 or tokens.ref_logp is None:

@@ -55,7 +55,7 @@ def test_plan_of_some_samples_of_a_batch():
 @given(st.integers(0, 50), st.integers(1, 9), st.integers(0, 3))
 def test_optimizer_steps_partition_evenly_and_depend_on_the_seed_only(samples, steps, seed):
     parts = optimizer_steps(samples, steps, seed)
-    assert sorted(sum(parts, [])) == list(range(samples))
+    assert sorted(sample for part in parts for sample in part) == list(range(samples))
     assert len(parts) == steps
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert parts == optimizer_steps(samples, steps, seed)
