@@ -58,6 +58,29 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
+def _qwen25(
+    hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, tied: bool, context: int
+) -> ModelShape:
+    return ModelShape(28, hidden, intermediate, heads, kv_heads, 128, vocab, tied, True, context)
+
+
+_LLAMA_3B = ModelShape(28, 3072, 8192, 24, 8, 128, 128256, True, False, 131072)
+# The paper's models, so that their recipes can be checked where there is no network (their public config.json).
+KNOWN_SHAPES: dict[str, ModelShape] = {
+    "Qwen/Qwen2.5-Math-1.5B": _qwen25(1536, 8960, 12, 2, 151936, True, 4096),
+    "Qwen/Qwen2.5-Math-7B": _qwen25(3584, 18944, 28, 4, 152064, False, 4096),
+    "Qwen/Qwen2.5-1.5B": _qwen25(1536, 8960, 12, 2, 151936, True, 131072),
+    "Qwen/Qwen2.5-7B": _qwen25(3584, 18944, 28, 4, 152064, False, 131072),
+    "lkevinzc/Llama-3.2-3B-NuminaQA": _LLAMA_3B,
+    "meta-llama/Llama-3.2-3B": _LLAMA_3B,
+}
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a path may be a hub id (owner/name) rather than a folder."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).parent.exists()
+
+
 def model_folder(path: str) -> Path:
     """The local folder of a model: `path` itself, or the hub's cached download of its small files.
 
@@ -67,7 +90,7 @@ def model_folder(path: str) -> Path:
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if folder.exists() or not looks_like_hub_id(path):
         raise UserError(f"'{path}' is not a folder with a config.json.", setting="model.path")
     return _from_hub(path)
 

@@ -36,6 +36,10 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "eval": ("deploy.eval", "evaluate", "Models and answers"),
     "grade": ("deploy.grade", "grade", "Models and answers"),
     "pretrain": ("deploy.pretrain", "pretrain", "Models and answers"),
+    "submit": ("deploy.slurm.submit", "submit", "A cluster"),
+    "scale": ("deploy.slurm.scale", "scale", "A cluster"),
+    "units": ("deploy.systemd.units", "units", "A cluster"),
+    "doctor": ("deploy.doctor", "doctor", "A cluster"),
     "keys": ("deploy.keys", "keys", "A cluster"),
 }
 

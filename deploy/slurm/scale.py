@@ -1,0 +1,86 @@
+"""`slipstream scale`: more or fewer actors while the run goes on.
+
+Invariant: no two tasks of a run hold the same index at one time (an index is an actor's name), and an actor
+that goes is asked first: it publishes what it has finished and hands back the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import typer
+
+from common.errors import UserError
+from deploy.slurm import queue
+from deploy.slurm.queue import Task
+
+
+class Change(NamedTuple):
+    """What scaling does: `add` indices to submit, `cancel` tasks that only wait, `ask` running ones to leave."""
+
+    add: list[int]
+    cancel: list[Task]
+    ask: list[Task]
+
+
+def plan_change(tasks: list[Task], leaving: set[str], wanted: int) -> Change:
+    """How to get from the queue to `wanted` actors.
+
+    Args:
+        tasks: the run's array tasks that run or wait.
+        leaving: labels of tasks that were asked to leave before; they count no more, but hold their index.
+        wanted: number of actors.
+
+    The lowest free indices come first; of those that go, waiting tasks go before running ones, high indices
+    before low ones.
+    """
+    staying = [task for task in tasks if task.label not in leaving]
+    missing = wanted - len(staying)
+    if missing >= 0:
+        taken = {task.index for task in tasks}
+        free = (index for index in range(len(taken) + missing) if index not in taken)
+        return Change([index for index, _ in zip(free, range(missing), strict=False)], [], [])
+    ordered = sorted(staying, key=lambda task: (task.state != "PENDING", -(task.index or 0)))
+    going = ordered[:-missing]
+    return Change([], [t for t in going if t.state == "PENDING"], [t for t in going if t.state != "PENDING"])
+
+
+def scale(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or name.")],
+    actors: Annotated[int, typer.Option(min=0, help="How many actors there shall be.")],
+) -> None:
+    """Change the number of actors of a run on Slurm; the learner goes on meanwhile."""
+    from deploy.folder import find_folder
+    from deploy.slurm.state import locked, read_state, write_state
+
+    folder = find_folder(run).resolve()
+    state = read_state(folder)
+    queue.require_slurm()
+    with locked(folder):
+        state = read_state(folder)
+        if not any(task.job == state.head for task in queue.queued(f"slipstream-{state.run}")):
+            raise UserError(
+                f"run '{state.run}' is not on the cluster (job {state.head} has ended): send it again with "
+                "slipstream submit ... --resume."
+            )
+        tasks = [t for t in queue.queued(f"slipstream-{state.run}-actors") if t.index is not None]
+        state.leaving = [label for label in state.leaving if label in {task.label for task in tasks}]
+        change = plan_change(tasks, set(state.leaving), actors)
+        if change.add:
+            file = str(folder / "slurm" / "actors.sbatch")
+            after = f"--dependency=after:{state.head}"
+            state.arrays.append(queue.submit_file(file, after, f"--array={queue.array_ranges(change.add)}"))
+        state.leaving += [task.label for task in change.ask]
+        write_state(folder, state)
+        queue.cancel(task.label for task in change.cancel)
+        queue.ask_to_leave(task.label for task in change.ask)
+    typer.echo(_sentence(tasks, change, actors))
+
+
+def _sentence(tasks: list[Task], change: Change, wanted: int) -> str:
+    running = sum(task.state == "RUNNING" for task in tasks)
+    parts = [f"{len(change.add)} submitted"] if change.add else []
+    parts += [f"{len(change.cancel)} taken out of the queue"] if change.cancel else []
+    parts += [f"{len(change.ask)} asked to leave"] if change.ask else []
+    done = ", ".join(parts) or "nothing to do"
+    return f"actors: {running} running and {len(tasks) - running} waiting before; {wanted} wanted: {done}"

@@ -1,0 +1,48 @@
+"""The batch files of a plan, from the templates beside this module.
+
+Invariant: a name that a template uses and the plan lacks is an error, never an empty string; paths and words
+are quoted for the shell.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from deploy.slurm.plan import Plan
+
+TEMPLATES = ("head.sbatch", "actors.sbatch")
+
+
+def render(plan: Plan, *, set_addresses: bool) -> dict[str, str]:
+    """File name -> text of the two batch files.
+
+    Args:
+        plan: what to ask for.
+        set_addresses: the job's script finds the node's address and sets `broker.bind` and `weights.bind`;
+            false where the recipe names an address itself.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # shell, not HTML
+    )
+    options = plan.options
+    values = {
+        **{name: getattr(plan, name) for name in ("name", "program", "head_job", "actors_job", "restarts")},
+        **{name: getattr(plan, name) for name in ("ranks_per_node", "gpus_per_node", "gpus_per_actor")},
+        **{name: getattr(plan, name) for name in ("cpus_per_rank", "cpus_per_actor")},
+        **{name: getattr(plan, name) for name in ("broker_port", "master_port")},
+        **asdict(options),
+        "actor_partition": options.actor_partition or options.partition,
+        "folder": shlex.quote(str(plan.folder)),
+        "directory": shlex.quote(str(plan.directory)),
+        "set_addresses": set_addresses,
+    }
+    return {name: environment.get_template(f"{name}.jinja").render(values) for name in TEMPLATES}

@@ -1,0 +1,67 @@
+"""Which jobs of the cluster belong to a run: `<run folder>/slurm/state.json`.
+
+Invariant: the file is replaced whole, and only under a lock, so that two people who scale a run at one time
+take turns.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from common.errors import UserError
+
+STATE_FILE = "state.json"
+
+
+@dataclass
+class State:
+    """Jobs of a run.
+
+    Attributes:
+        run: its name.
+        head: number of the job with broker and learner.
+        arrays: numbers of the actors' job arrays, oldest first.
+        leaving: array tasks ("JOB_INDEX") that were asked to leave and may not have yet.
+    """
+
+    run: str
+    head: int
+    arrays: list[int] = field(default_factory=list)
+    leaving: list[str] = field(default_factory=list)
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Replace the state of the run in `folder`."""
+    path = folder / "slurm" / STATE_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_state(folder: Path) -> State:
+    """The state of the run in `folder`.
+
+    Raises:
+        UserError: the run was not submitted to Slurm, or the file is damaged.
+    """
+    path = folder / "slurm" / STATE_FILE
+    try:
+        return State(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"'{folder}' was not submitted to Slurm (no slurm/{STATE_FILE}).") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}.") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's Slurm state for this process alone."""
+    with (folder / "slurm" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
