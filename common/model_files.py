@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.hub import prepare_hub
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -96,6 +97,7 @@ def model_folder(path: str) -> Path:
 
 
 def _from_hub(path: str) -> Path:
+    prepare_hub()
     from huggingface_hub import snapshot_download
 
     small_files = ["*.json", "*.model", "*.txt", "*.jinja"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.hub import prepare_hub
 from common.tasks import minimath
 
 Answer = str | int | float | list
@@ -235,6 +236,7 @@ def _open_hub(spec: str, split: str, config: str | None = None) -> Iterable[Mapp
         raise UserError(
             f"unknown question set '{spec}'; valid ones: {', '.join(known_sets())}, a local file, or a hub id"
         )
+    prepare_hub()
     import datasets
 
     return _guarded(repository, lambda: datasets.load_dataset(repository, config_part or config, split=split))
