@@ -1,7 +1,7 @@
 """Values of scalar trees: exact rationals where possible, else many-digit numbers.
 
 Invariant: every operation is bounded before it starts. Integers stay under MAX_BITS, other magnitudes within
-10^±MAX_EXPONENT, sums under MAX_TERMS; anything larger raises `Undecided` at once instead of being computed.
+10^±MAX_EXPONENT, sums under MAX_TERMS; anything larger raises `UndecidedError` at once instead of being computed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MAX_FACTORIAL = 5000
 Value = Any  # Fraction | mpf | mpc: mpmath ships no types
 
 
-class Undecided(ArithmeticError):
+class UndecidedError(ArithmeticError):
     """The value is too large to compute, or the tree has none."""
 
 
-class Undefined(ArithmeticError):
+class UndefinedError(ArithmeticError):
     """The expression has no value at this point (division by zero, root of a negative in the reals)."""
 
 
@@ -71,44 +71,44 @@ class Evaluator:
         self.steps = 0
 
     def __call__(self, node: Node) -> Value:
-        """The value. Raises Undefined or Undecided."""
+        """The value. Raises UndefinedError or UndecidedError."""
         try:
             return self.value(node)
         except (ZeroDivisionError, ValueError) as error:
-            raise Undefined(str(error)) from error
+            raise UndefinedError(str(error)) from error
         except (OverflowError, RecursionError, MemoryError, TypeError, mpmath.libmp.NoConvergence) as error:
-            raise Undecided(type(error).__name__) from error
+            raise UndecidedError(type(error).__name__) from error
 
     def value(self, node: Node) -> Value:
         """Dispatches on the operator and checks the size of the result."""
         self.steps += 1
         if self.steps > 20_000:
-            raise Undecided("too many steps")
+            raise UndecidedError("too many steps")
         rule = _RULES.get(node.op)
         if rule is None:
-            raise Undecided(node.op)
+            raise UndecidedError(node.op)
         return self.checked(rule(self, node))
 
     def checked(self, value: Value) -> Value:
         """The value itself if its size is within bounds."""
         if isinstance(value, Fraction):
             if value.numerator.bit_length() > MAX_BITS or value.denominator.bit_length() > MAX_BITS:
-                raise Undecided("an integer too large")
+                raise UndecidedError("an integer too large")
             return value
         if self.real and isinstance(value, self.ctx.mpc):
             if value.imag != 0:
-                raise Undefined("not real")
+                raise UndefinedError("not real")
             value = value.real
         if not self.ctx.isfinite(value):
-            raise Undefined("infinite")
+            raise UndefinedError("infinite")
         if value != 0 and self.ctx.mag(value) > MAX_EXPONENT * 3.33:
-            raise Undecided("a magnitude too large")
+            raise UndecidedError("a magnitude too large")
         return value
 
     def scaled(self, value: Value) -> Value:
         """A product or quotient, unless it is so small that it could pass for zero."""
         if not isinstance(value, Fraction) and value != 0 and self.ctx.mag(value) < -MAX_EXPONENT * 3.33:
-            raise Undecided("a magnitude too small")
+            raise UndecidedError("a magnitude too small")
         return value
 
     def inexact(self, value: Value) -> Value:
@@ -117,7 +117,7 @@ class Evaluator:
             return value
         size = value.numerator.bit_length() - value.denominator.bit_length()
         if abs(size) > MAX_EXPONENT * 3.33 and value != 0:
-            raise Undecided("a magnitude too large")
+            raise UndecidedError("a magnitude too large")
         return self.ctx.mpf(value.numerator) / value.denominator
 
     def pair(self, a: Value, b: Value) -> tuple[Value, Value]:
@@ -141,7 +141,7 @@ class Evaluator:
             return +self.ctx.e
         if name == "i":
             return self.ctx.mpc(0, 1)
-        raise Undecided(f"no value for {name}")
+        raise UndecidedError(f"no value for {name}")
 
     def _add(self, node: Node) -> Value:
         total: Value = Fraction(0)
@@ -163,7 +163,7 @@ class Evaluator:
     def _div(self, node: Node) -> Value:
         a, b = self.pair(self.value(node.args[0]), self.value(node.args[1]))
         if b == 0:
-            raise Undefined("division by zero")
+            raise UndefinedError("division by zero")
         return self.scaled(a / b)
 
     def _pct(self, node: Node) -> Value:
@@ -176,7 +176,7 @@ class Evaluator:
     def _mod(self, node: Node) -> Value:
         a, b = self.pair(self.value(node.args[0]), self.value(node.args[1]))
         if b == 0:
-            raise Undefined("modulo zero")
+            raise UndefinedError("modulo zero")
         if isinstance(a, Fraction):
             return a - b * (a // b)
         return a - b * self.ctx.floor(a / b)
@@ -191,7 +191,7 @@ class Evaluator:
         """e^x for arguments whose result is within bounds."""
         x = self.inexact(x)
         if abs(self.ctx.re(x)) > MAX_EXPONENT * 2.31:
-            raise Undecided("an exponential too large")
+            raise UndecidedError("an exponential too large")
         return self.ctx.exp(x)
 
     def power(self, base: Value, exponent: Value) -> Value:
@@ -199,18 +199,18 @@ class Evaluator:
         if isinstance(exponent, Fraction) and exponent.denominator == 1:
             n = int(exponent)
             if base == 0 and n <= 0:
-                raise Undefined("zero to a power that is not positive")
+                raise UndefinedError("zero to a power that is not positive")
             if isinstance(base, Fraction):
                 bits = max(base.numerator.bit_length(), base.denominator.bit_length())
                 if base in (0, 1, -1):
                     return base ** (abs(n) % 2 + 2)
                 if bits * abs(n) > MAX_BITS:
-                    raise Undecided("a power too large")
+                    raise UndecidedError("a power too large")
                 return base**n
             if base != 0 and abs(self.ctx.mag(base) * n) > MAX_EXPONENT * 4:
-                raise Undecided("a power too large")
+                raise UndecidedError("a power too large")
             if abs(n) > 10**6:
-                raise Undecided("a power too large")
+                raise UndecidedError("a power too large")
             return base**n
         return self.general_power(base, exponent)
 
@@ -221,7 +221,7 @@ class Evaluator:
                 abs(exponent.numerator) * max(base.numerator.bit_length(), base.denominator.bit_length())
                 > MAX_BITS
             ):
-                raise Undecided("a power too large")
+                raise UndecidedError("a power too large")
             if (
                 base > 0
                 and exponent.denominator <= 64
@@ -232,9 +232,9 @@ class Evaluator:
         if base == 0:
             if self.ctx.re(exponent) > 0:
                 return Fraction(0)
-            raise Undefined("zero to a power that is not positive")
+            raise UndefinedError("zero to a power that is not positive")
         if self.real and self.ctx.re(base) < 0:
-            raise Undefined("a fractional power of a negative number")
+            raise UndefinedError("a fractional power of a negative number")
         return self.exp(exponent * self.ctx.log(base))
 
     def _fact(self, node: Node) -> Value:
@@ -244,10 +244,10 @@ class Evaluator:
         """x!, exact for integers, Gamma(x + 1) for other real numbers."""
         if isinstance(value, Fraction) and value.denominator == 1:
             if not 0 <= value <= MAX_FACTORIAL:
-                raise Undecided("a factorial too large")
+                raise UndecidedError("a factorial too large")
             return Fraction(math.factorial(int(value)))
         if abs(value) > 150:
-            raise Undecided("a factorial too large")
+            raise UndecidedError("a factorial too large")
         return self.ctx.gamma(self.inexact(value) + 1)
 
     def _func(self, node: Node) -> Value:
@@ -258,13 +258,13 @@ class Evaluator:
             return rule(self, *arguments)
         if rule := FUNCTIONS.get(node.value):
             return rule(self, *(self.inexact(a) for a in arguments))
-        raise Undecided(node.value)
+        raise UndecidedError(node.value)
 
     def determinant(self, cells: tuple[Node, ...]) -> Value:
         """By expansion along the first row, for at most 5 x 5."""
         size = math.isqrt(len(cells))
         if size * size != len(cells) or size > 5:
-            raise Undecided("determinant")
+            raise UndecidedError("determinant")
         values = [self.value(a) for a in cells]
         return self._minor([values[k * size : (k + 1) * size] for k in range(size)])
 
@@ -290,9 +290,9 @@ class Evaluator:
     def _big(self, node: Node) -> Value:
         lower, upper = self.value(node.args[0]), self.value(node.args[1])
         if not all(isinstance(x, Fraction) and x.denominator == 1 for x in (lower, upper)):
-            raise Undecided("bounds that are not integers")
+            raise UndecidedError("bounds that are not integers")
         if upper - lower > MAX_TERMS:
-            raise Undecided("too many terms")
+            raise UndecidedError("too many terms")
         saved = self.point.get(node.value)
         total: Value = Fraction(0 if node.op == "sum" else 1)
         for k in range(int(lower), int(upper) + 1):

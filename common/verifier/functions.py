@@ -1,7 +1,7 @@
 """The functions that answers may contain.
 
 Invariant: a function is looked up only in these two tables, never by attribute or by name in a module. Rules get
-the evaluator and the argument values; they raise its `Undefined` outside of their domain.
+the evaluator and the argument values; they raise its `UndefinedError` outside of their domain.
 """
 
 from __future__ import annotations
@@ -116,8 +116,10 @@ def _plain(name: str) -> Callable[..., Value]:
     return rule
 
 
-_MPMATH = {f"arc{f}": f"a{f}" for f in "sin cos tan cot sec csc sinh cosh tanh coth".split()}
-_PLAIN = "sin cos tan cot sec csc sinh cosh tanh coth".split()
+_MPMATH = {
+    f"arc{f}": f"a{f}" for f in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth"]
+}
+_PLAIN = ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth"]
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     **{name: _plain(name) for name in [*_PLAIN, *_MPMATH]},

@@ -28,12 +28,12 @@ from typing import Literal
 
 from ..errors import UserError
 from .compare import equal
-from .extract import Template, extract
+from .extract import Extraction, Template, extract
 from .freeform import final_answer
 from .nodes import Node
 from .normalise import MAX_CHARS, is_words, normalise, text_key
-from .tokens import ParseError
 from .parse import parse_answer
+from .tokens import ParseError
 from .verdict import Verdict, correct, unformatted, wrong
 
 Level = Literal["fast", "full"]
@@ -69,15 +69,19 @@ def grade(
     found = extract(response, template, allow_tag_whitespace=allow_tag_whitespace)
     if found.answer is None:
         return unformatted(found.reason or "no answer")
-    for answer in (found.answer, *usable_alternatives(found.alternatives, template, level)):
-        if any(matches(answer, g, level) for g in golds):
-            return correct(answer)
-    return wrong(found.answer)
+    matched = any_match(answers_of(found, template, level), golds, level)
+    return wrong(found.answer) if matched is None else correct(matched)
 
 
-def usable_alternatives(alternatives: tuple[str, ...], template: Template, level: Level) -> tuple[str, ...]:
-    """Second readings: prose is searched for an answer at level `full` or under `auto` only."""
-    return alternatives if template != "answer_tag" or level == "full" else ()
+def answers_of(found: Extraction, template: Template, level: Level) -> tuple[str, ...]:
+    """The extracted answer and its other readings; inside tags, prose is only searched at level `full`."""
+    assert found.answer is not None
+    return (found.answer, *(found.alternatives if template != "answer_tag" or level == "full" else ()))
+
+
+def any_match(answers: tuple[str, ...], golds: tuple[str, ...], level: Level) -> str | None:
+    """The first reading that equals one of the gold answers, or None."""
+    return next((a for a in answers if any(matches(a, g, level) for g in golds)), None)
 
 
 def check_options(level: str, template: str) -> None:
@@ -161,16 +165,25 @@ def gold_readings(gold: str) -> tuple[Reading, ...]:
 
 
 _LABELLED = re.compile(r"\s*(?:\\text\w*\{)?\s*(?:\(([A-J])\)|([A-J])[.):])\s*\S.*")
-_SIMPLE = re.compile(r"-?\d+")
+_INTEGER = re.compile(r"-?\d{1,400}", re.ASCII)
+
+
+def obviously_equal(answer: str, gold: str) -> bool:
+    """The same text, or the same integer."""
+    mine, theirs = answer.strip(), gold.strip()
+    if len(mine) > MAX_CHARS:
+        return False
+    return mine == theirs or bool(
+        _INTEGER.fullmatch(mine) and _INTEGER.fullmatch(theirs) and int(mine) == int(theirs)
+    )
 
 
 def matches(answer: str, gold: str, level: Level) -> bool:
     """Whether an extracted answer equals one gold answer."""
-    mine, theirs = answer.strip(), gold.strip()
-    if _SIMPLE.fullmatch(mine) and _SIMPLE.fullmatch(theirs) and len(mine) < 400 and len(theirs) < 400:
-        return int(mine) == int(theirs)
-    if mine == theirs and len(mine) < MAX_CHARS:
+    if obviously_equal(answer, gold):
         return True
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
+        return False
     response = read(answer)
     if response is None or not response.text:
         return False

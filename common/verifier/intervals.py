@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .evaluate import Evaluator, Undecided, Undefined, context
+from .evaluate import Evaluator, UndecidedError, UndefinedError, context
 from .nodes import Node, is_constant
 
 DIGITS = 40
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     high_closed: bool
 
 
-class NotASubset(ValueError):
+class NotASubsetError(ValueError):
     """The tree describes no subset with numeric ends."""
 
 
@@ -35,7 +35,7 @@ def subset(node: Node) -> Subset | None:
     """The subset of the reals that the tree describes, or None."""
     try:
         return _merge(_pieces(node))
-    except (NotASubset, Undecided, Undefined):
+    except (NotASubsetError, UndecidedError, UndefinedError):
         return None
 
 
@@ -64,7 +64,7 @@ def _end(node: Node) -> Any:
     if node == Node("neg", (_INFINITY,)):
         return -ctx.inf
     if not is_constant(node):
-        raise NotASubset
+        raise NotASubsetError
     evaluate = Evaluator(DIGITS, real=True)
     return evaluate.inexact(evaluate(node))
 
@@ -82,7 +82,7 @@ def _pieces(node: Node) -> list[Piece]:
     if node.op == "tuple" and len(node.args) == 2 and node.value in ("()", "[]", "(]", "[)"):
         low, high = (_end(a) for a in node.args)
         if low > high:
-            raise NotASubset
+            raise NotASubsetError
         return _piece(low, node.value[0] == "[", high, node.value[1] == "]")
     if node.op == "set":
         return [Piece(x, True, x, True) for x in (_end(a) for a in node.args)]
@@ -99,7 +99,7 @@ def _pieces(node: Node) -> list[Piece]:
         return list(found)
     if node.op == "minus":
         return list(_intersection(_merge(_pieces(node.args[0])), _complement(_merge(_pieces(node.args[1])))))
-    raise NotASubset
+    raise NotASubsetError
 
 
 _FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -113,7 +113,7 @@ def _relation(node: Node) -> list[Piece]:
     found: Subset | None = None
     middle = [k for k, operand in enumerate(operands) if not is_constant(operand)]
     if len(middle) != 1 or len(operands) not in (2, 3):
-        raise NotASubset
+        raise NotASubsetError
     k = middle[0]
     sides = [(operators[k], operands[k + 1])] if k + 1 < len(operands) else []
     if k > 0:
@@ -128,7 +128,7 @@ def _half_line(operator: str, bound: Any, subject: Node) -> list[Piece]:
     ctx = context(DIGITS)
     absolute = subject.op == "func" and subject.value == "abs" and subject.args[0].op == "sym"
     if not absolute and subject.op not in ("sym", "apply"):
-        raise NotASubset
+        raise NotASubsetError
     closed = operator in ("<=", ">=")
     if operator in ("<", "<="):
         return _piece(-bound if absolute else -ctx.inf, closed and absolute, bound, closed)
@@ -137,7 +137,7 @@ def _half_line(operator: str, bound: Any, subject: Node) -> list[Piece]:
         return right + (_piece(-ctx.inf, False, -bound, closed) if absolute else [])
     if operator == "!=" and not absolute:
         return _piece(-ctx.inf, False, bound, False) + _piece(bound, False, ctx.inf, False)
-    raise NotASubset
+    raise NotASubsetError
 
 
 def _merge(pieces: list[Piece]) -> Subset:

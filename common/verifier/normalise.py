@@ -66,7 +66,7 @@ _SUB_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _TAIL = re.compile(r"(?:[\s.。,;:]|\\(?![a-zA-Z{}|%]))+$")
 _TEXTUAL = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox|bm|boldsymbol|operatorname\*?|emph|textnormal|mathnormal)\s*\{([^{}]*)\}"
-)  # noqa: E501
+)
 _NOT_WORD = re.compile(r"[\s\\{}$.]+")
 
 

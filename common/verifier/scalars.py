@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from .evaluate import Evaluator, Undecided, Undefined, Value, context
+from .evaluate import Evaluator, UndecidedError, UndefinedError, Value, context
 from .nodes import Node, contains, is_constant, symbols
 
 QUICK_DIGITS = 40
@@ -105,7 +105,7 @@ def _constants_equal(gold: Node, response: Node, percent: bool, radians: bool) -
         try:
             a = Evaluator(digits, radians=radians)(gold)
             b = Evaluator(digits, radians=radians)(response)
-        except (Undecided, Undefined):
+        except (UndecidedError, UndefinedError):
             return False
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a == b or _approximate(gold, response, a, b)
@@ -177,16 +177,16 @@ def _agree(gold: Node, response: Node, names: list[str], real: bool, radians: bo
     for trial in range(trials):
         try:
             a, b = (_at(n, names, trial, real, radians, QUICK_DIGITS) for n in (gold, response))
-        except Undefined:
+        except UndefinedError:
             continue
-        except Undecided:
+        except UndecidedError:
             return False
         if not _close(a, b, QUICK_DIGITS):
             return False
         if trial < _SURE_TRIALS:
             try:
                 a, b = (_at(n, names, trial, real, radians, SURE_DIGITS) for n in (gold, response))
-            except (Undefined, Undecided):
+            except (UndefinedError, UndecidedError):
                 return False
             if not _close(a, b, SURE_DIGITS):
                 return False
@@ -214,7 +214,7 @@ def factor_between(a: Node, b: Node) -> Fraction | None:
     names = sorted((symbols(a) | symbols(b)) - {"pi", "e", "i"})
     try:
         x, y = (_at(n, names, 0, False, False, QUICK_DIGITS) for n in (a, b))
-    except (Undecided, Undefined):
+    except (UndecidedError, UndefinedError):
         return None
     ctx = context(QUICK_DIGITS)
     x, y = _inexact(x, ctx), _inexact(y, ctx)

@@ -23,18 +23,101 @@ class Token(NamedTuple):
     spaced: bool  # whether white space stood before it
 
 
-FUNCTIONS = (
-    "arcsin arccos arctan arccot arcsec arccsc arcsinh arccosh arctanh asin acos atan sinh cosh tanh coth sin cos tan cot sec csc "  # noqa: E501
-    "log ln lg exp sqrt cbrt gcd lcm max min abs floor ceil"
-).split()
+FUNCTIONS = [
+    "arcsin",
+    "arccos",
+    "arctan",
+    "arccot",
+    "arcsec",
+    "arccsc",
+    "arcsinh",
+    "arccosh",
+    "arctanh",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "coth",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "ln",
+    "lg",
+    "exp",
+    "sqrt",
+    "cbrt",
+    "gcd",
+    "lcm",
+    "max",
+    "min",
+    "abs",
+    "floor",
+    "ceil",
+]
 _FUNCTION_NAMES = frozenset(FUNCTIONS)
 _PREFIX = re.compile(
     "|".join(sorted(("sin", "cos", "tan", "log", "ln", "sqrt", "exp", "pi"), key=len, reverse=True))
 )
 CONNECTORS = frozenset({"and", "or", "y", "oder", "und", "ou", "et"}) - {"y"}
 UNIT_WORDS = frozenset(
-    "cm mm km dm nm kg mg lb lbs oz ft yd mi hr hrs min mins sec secs ms mph kph kmh rpm hz khz mhz ghz ev kev mev gev kj kw "
-    "kwh pa kpa mpa mol ml rad sq units unit deg degs pct usd eur rs".split()
+    [
+        "cm",
+        "mm",
+        "km",
+        "dm",
+        "nm",
+        "kg",
+        "mg",
+        "lb",
+        "lbs",
+        "oz",
+        "ft",
+        "yd",
+        "mi",
+        "hr",
+        "hrs",
+        "min",
+        "mins",
+        "sec",
+        "secs",
+        "ms",
+        "mph",
+        "kph",
+        "kmh",
+        "rpm",
+        "hz",
+        "khz",
+        "mhz",
+        "ghz",
+        "ev",
+        "kev",
+        "mev",
+        "gev",
+        "kj",
+        "kw",
+        "kwh",
+        "pa",
+        "kpa",
+        "mpa",
+        "mol",
+        "ml",
+        "rad",
+        "sq",
+        "units",
+        "unit",
+        "deg",
+        "degs",
+        "pct",
+        "usd",
+        "eur",
+        "rs",
+    ]
 )
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
@@ -45,10 +128,35 @@ _NUMBER = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?")
 _COMMAND = re.compile(r"\\([a-zA-Z]+\*?|.)", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+")
 _TEXT_COMMANDS = frozenset(
-    "text textbf textit textrm textsf texttt textnormal mbox hbox emph mathrm mathnormal".split()
+    [
+        "text",
+        "textbf",
+        "textit",
+        "textrm",
+        "textsf",
+        "texttt",
+        "textnormal",
+        "mbox",
+        "hbox",
+        "emph",
+        "mathrm",
+        "mathnormal",
+    ]
 )
 _FONT_COMMANDS = frozenset(
-    "mathbf mathit mathsf boldsymbol bm pmb mathcal mathscr mathfrak boxed fbox".split()
+    [
+        "mathbf",
+        "mathit",
+        "mathsf",
+        "boldsymbol",
+        "bm",
+        "pmb",
+        "mathcal",
+        "mathscr",
+        "mathfrak",
+        "boxed",
+        "fbox",
+    ]
 )
 _WORDY = re.compile(r"[^\W\d_]+(?:(?:[\s'./]+|-)[^\W\d_]+)*(?:\^?\d)?")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 
 _CLAIMS = frozenset(
-    "if or and not when where unless otherwise else either neither except but wait for all is are then plus minus times"
-    .split()
+    ["if", "or", "and", "not", "when", "where", "unless", "otherwise", "else", "either", "neither", "except", "but", "wait", "for", "all", "is", "are", "then", "plus", "minus", "times"]
 )  # fmt: skip
 _SYNONYMS = {
     "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
