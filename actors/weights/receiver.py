@@ -101,6 +101,11 @@ class WeightReceiver:
         return self._origin
 
     @property
+    def origin(self) -> str | None:
+        """Token of the publisher that `version` came from; None while it is the one started with."""
+        return self._origin
+
+    @property
     def cache_salt(self) -> str | None:
         """What prompts must carry as `cache_salt` when the KV cache outlives a swap; None when it does not."""
         if self._clear_cache:
