@@ -33,14 +33,19 @@ class BrokerLink:
     """A thread that owns the control connection.
 
     Args:
-        client: connected; used by this thread alone from now on.
-        weights: where this learner serves weights; said again to a broker that has forgotten.
+        client: connected; shared with nobody who is in a hurry.
         heartbeat_s: seconds between signs of life.
+
+    Attributes:
+        version: the policy's, for the heartbeat.
+        command, reason: what the broker wants, from its last answer.
+        failure: why the run cannot go on.
+        accuracy: held-out accuracy by version, as of the last `ask_accuracy`.
     """
 
-    def __init__(self, client: Client, weights: WeightsAddress, heartbeat_s: float) -> None:
+    def __init__(self, client: Client, heartbeat_s: float) -> None:
         self._client = client
-        self._weights = weights
+        self._weights: WeightsAddress | None = None
         self._heartbeat_s = heartbeat_s
         self._outbox: queue.Queue[Message] = queue.Queue()
         self._closing = threading.Event()
@@ -58,6 +63,11 @@ class BrokerLink:
     def post(self, message: Message) -> None:
         """Hand over a message; returns at once."""
         self._outbox.put(message)
+
+    def serve(self, weights: WeightsAddress) -> None:
+        """Say where this learner serves weights, now and whenever the broker has forgotten."""
+        self._weights = weights
+        self.post(Serve(weights=weights))
 
     def be(self, state: str, waiting_for: str | None = None) -> None:
         """Say what the learner does; `waiting_for` names whom it waits for."""
@@ -129,6 +139,7 @@ class BrokerLink:
 
     def _beat(self) -> None:
         state, waiting_for, since = self._state
+        era = 0 if self._weights is None else self._weights.era
         try:
             meters = self._telemetry.sample() | self._meters()
             beat = Heartbeat(
@@ -136,7 +147,7 @@ class BrokerLink:
                 waiting_for=waiting_for,
                 waiting_s=time.monotonic() - since if waiting_for else 0.0,
                 version=self.version,
-                era=self._weights.era,
+                era=era,
                 telemetry=meters,
             )
             self._take_in(self._client.request(beat, timeout_s=ATTEMPT_S).message)
@@ -148,13 +159,19 @@ class BrokerLink:
             self.accuracy = accuracy_of(reply.status)
         elif isinstance(reply, Pulse):
             self.command, self.reason = reply.command, reply.reason
-            if reply.era != self._weights.era:
-                self.failure = HistoryLost(
-                    f"the broker is in era {reply.era} and the learner in {self._weights.era}: the broker lost its "
-                    "history, or another learner came"
-                )
-            elif reply.weights != self._weights:
-                self.post(Serve(weights=self._weights))
+            self._compare(reply)
+
+    def _compare(self, pulse: Pulse) -> None:
+        weights = self._weights
+        if weights is None:
+            return
+        if pulse.era != weights.era:
+            self.failure = HistoryLost(
+                f"the broker is in era {pulse.era} and the learner in {weights.era}: the broker lost its history, or "
+                "another learner came"
+            )
+        elif pulse.weights != weights and not self._outbox.unfinished_tasks:
+            self.post(Serve(weights=weights))
 
     def ask_accuracy(self) -> None:
         """Ask for the evaluations so far; `accuracy` has them when the answer is in."""

@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.errors import RunFailedError, UserError
-from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Serve, Welcome
+from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
 from common.recipe.schema import Recipe
 from common.wire import BrokerUnreachable, Client, RefusedError
 from learner.checkpoint import Checkpoints, Saved, free_bytes
@@ -162,12 +162,15 @@ class Learner:
         recipe = self._recipe
         shape, objective = check_model(recipe), objective_of(recipe)
         self._ranks = start_ranks(recipe.learner.collective_timeout_s, recipe.learner.master_port)
+        if self._ranks.leads:
+            self._link = BrokerLink(self._control, self._welcome.heartbeat_s)
         self._tokenizer = load_tokenizer(recipe) if self._ranks.leads else None
         policy = load_policy(recipe, value_head=objective.needs_values)
         updates = recipe.run.steps * recipe.batch.optimizer_steps * recipe.algorithm.epochs
         self._engine = Engine(policy, recipe, self._ranks, updates)
         self._restore(resume)
         reference = load_reference(recipe, self._ranks.device) if objective.needs_reference else None
+        self._objective = objective
         self._policy_step = PolicyStep(self._engine, objective, reference)
         self._serve()
         work = Preparation(recipe, objective, shape, self._ranks.rank, self._ranks.world, self._tokenizer)
@@ -210,16 +213,14 @@ class Learner:
     def _serve(self) -> None:
         """Say where we start, then serve that version: late joiners and restarted actors need it too."""
         self._push = WeightPush(self._recipe, self._ranks, self._welcome.run, Path(self._welcome.folder))
-        if self._ranks.leads:
-            rewound = _patiently(self._control, Rewind(step=self._step, version=self._step), self._stop)
-            assert isinstance(rewound, Rewound)
-            weights = self._push.address(rewound.era)
-            self._link = BrokerLink(self._control, weights, self._welcome.heartbeat_s)
-            self._link.meter(self._push.meters)
-            self._link.version = self._step
         self._push.publish(self._engine, self._step)
-        if self._link is not None:
-            self._link.post(Serve(weights=weights))
+        if self._link is None:
+            return
+        rewound = _patiently(self._control, Rewind(step=self._step, version=self._step), self._stop)
+        assert isinstance(rewound, Rewound)
+        self._link.version = self._step
+        self._link.meter(self._push.meters)
+        self._link.serve(self._push.address(rewound.era))
 
     # --- the loop ---------------------------------------------------------------------------------------
 
@@ -298,7 +299,9 @@ class Learner:
         if self._link is None:
             self._clock.metrics(0)
             return
-        metrics = batch_metrics(batch, work.responses, work.scheduled) | update_metrics(result)
+        metrics = batch_metrics(batch, work.responses, work.scheduled) | update_metrics(
+            result, self._objective
+        )
         metrics |= self._clock.metrics(work.trained_tokens) | self._push.meters()
         metrics["mismatch_measured_share"] = self._measured / self._trained
         metrics["checkpoint_failures"] = float(self._checkpoints.failures)

@@ -43,6 +43,7 @@ import torch
 
 from common.messages import Batch
 from learner.batch import Responses
+from learner.objectives import Objective
 from learner.step import StepResult
 
 VERDICTS = ("correct", "wrong", "unformatted", "truncated", "unverified")
@@ -102,10 +103,13 @@ def _staleness(responses: Responses) -> dict[str, float]:
     return metrics
 
 
-def update_metrics(result: StepResult) -> dict[str, float]:
-    """What the updates did."""
+def update_metrics(result: StepResult, objective: Objective) -> dict[str, float]:
+    """What the updates did; parts that the objective does not have are left out."""
     norms = [update.grad_norm for update in result.updates if math.isfinite(update.grad_norm)]
-    metrics = result.tokens.summary() | result.mismatch.summary()
+    absent = () if objective.needs_reference else ("kl_reference",)
+    absent += () if objective.correction != "none" else ("correction", "dropped")
+    tokens = {name: value for name, value in result.tokens.summary().items() if not name.startswith(absent)}
+    metrics = tokens | result.mismatch.summary()
     metrics["skipped_updates"] = float(sum(not update.applied for update in result.updates))
     if norms:
         metrics |= {"grad_norm": sum(norms) / len(norms), "grad_norm_max": max(norms)}

@@ -45,7 +45,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
 def load_language_model(recipe: Recipe) -> nn.Module:
     """The causal language model in the recipe's dtype, without dropout."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     lm = AutoModelForCausalLM.from_pretrained(
         recipe.model.path,
         dtype=DTYPES[recipe.model.dtype],
