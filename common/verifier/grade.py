@@ -98,7 +98,7 @@ def check_options(level: str, template: str) -> None:
 
 def gold_texts(gold: Gold) -> tuple[str, ...]:
     """The acceptable answers as strings. Raises UserError for any other type."""
-    if isinstance(gold, list):
+    if isinstance(gold, list | tuple):
         return tuple(text for item in gold for text in gold_texts(item)) if len(gold) < 1000 else ()
     if isinstance(gold, bool) or not isinstance(gold, str | int | float):
         kind = type(gold).__name__

@@ -108,55 +108,69 @@ class VerifierPool:
             context=_WorkerContext(),  # type: ignore[arg-type]
         )
 
+    @classmethod
+    def from_recipe(cls, recipe: Any, template: Any) -> Self:
+        """The pool that a recipe asks for.
+
+        Args:
+            recipe: a `common.recipe.Recipe`: its `verifier` section and `data.reward`.
+            template: the resolved prompt template; its `extraction` says where answers stand.
+        """
+        section = recipe.verifier
+        return cls(
+            workers=section.workers,
+            deadline_s=section.deadline_s,
+            level=section.level,
+            template=template.extraction,
+            allow_tag_whitespace=section.allow_tag_whitespace,
+            reward=None if recipe.data.reward == "math" else recipe.data.reward,
+        )
+
     # -- asynchronous -------------------------------------------------------------------------------------------
 
-    async def grade(self, response: str, gold: Gold) -> Verdict:
-        """Grades one response against its gold answer without blocking the event loop. Raises UserError on a bad gold."""
-        return await self._finished(*self._grading(response, gold))
+    async def grade(self, response: str, question: Gold | Mapping[str, Any]) -> Verdict:
+        """Scores one response without blocking the event loop.
 
-    async def score(self, response: str, question: Mapping[str, Any]) -> Verdict:
-        """Scores one response to a row of a question set: by the custom reward if there is one, else by its `answer`."""
-        if self.reward is None:
-            return await self.grade(response, question["answer"])
-        return await self._finished(None, self._submit(worker.run_reward, response, dict(question)))
+        Args:
+            response: what the model wrote.
+            question: the gold answer, or a row of a question set with its gold answer under `answer`; a custom reward
+                function needs the row.
 
-    async def _finished(self, key: Key | None, pending: Verdict | Future) -> Verdict:
+        Raises:
+            UserError: the gold answer is of an unknown type.
+        """
+        key, pending = self._grading(response, question)
         if isinstance(pending, Verdict):
             return pending
-        await asyncio.wait([asyncio.wrap_future(_shielded(pending))])
+        await asyncio.wait([asyncio.wrap_future(_completion(pending))])
         return self._collect(key, pending)
 
     # -- synchronous --------------------------------------------------------------------------------------------
 
-    def grade_many(self, pairs: Iterable[tuple[str, Gold]]) -> list[Verdict]:
-        """Grades (response, gold) pairs; verdicts in the same order."""
+    def grade_many(self, pairs: Iterable[tuple[str, Gold | Mapping[str, Any]]]) -> list[Verdict]:
+        """Scores (response, gold or question) pairs; verdicts in the same order. See `grade`."""
         return list(self.grade_stream(pairs))
 
-    def grade_stream(self, pairs: Iterable[tuple[str, Gold]]) -> Iterator[Verdict]:
+    def grade_stream(self, pairs: Iterable[tuple[str, Gold | Mapping[str, Any]]]) -> Iterator[Verdict]:
         """As `grade_many`, lazily: at most a few pairs per worker are read ahead."""
         window: deque[tuple[Key | None, Verdict | Future]] = deque()
-        for response, gold in pairs:
-            window.append(self._grading(response, gold))
+        for response, question in pairs:
+            window.append(self._grading(response, question))
             while len(window) >= self._window or (window and isinstance(window[0][1], Verdict)):
                 yield self._collect(*window.popleft())
         while window:
             yield self._collect(*window.popleft())
 
-    def score_many(self, items: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Verdict]:
-        """Scores (response, question) pairs; verdicts in the same order. See `score`."""
-        pending = [
-            self._grading(response, question["answer"])
-            if self.reward is None
-            else (None, self._submit(worker.run_reward, response, dict(question)))
-            for response, question in items
-        ]
-        return [self._collect(key, future) for key, future in pending]
-
     # -- one response -------------------------------------------------------------------------------------------
 
-    def _grading(self, response: str, gold: Gold) -> tuple[Key | None, Verdict | Future]:
-        """A verdict at once for a cheap or known case, else the future of a task."""
-        golds = gold_texts(gold)
+    def _grading(
+        self, response: str, question: Gold | Mapping[str, Any]
+    ) -> tuple[Key | None, Verdict | Future]:
+        """A verdict at once for a cheap or known case, else the future of a task and the key of its answer."""
+        if self.reward is not None:
+            row = dict(question) if isinstance(question, Mapping) else {"answer": question}
+            return None, self._submit(worker.run_reward, response, row)
+        golds = gold_texts(question["answer"] if isinstance(question, Mapping) else question)
         found = extract(response, self.template, allow_tag_whitespace=self.allow_tag_whitespace)
         if (cheap := _cheap(found, golds)) is not None:
             return None, cheap
@@ -218,7 +232,7 @@ def _cheap(found: Extraction, golds: tuple[str, ...]) -> Verdict | None:
     return None
 
 
-def _shielded(future: Future) -> Future:
+def _completion(future: Future) -> Future:
     """A future that completes when the task does, whatever its outcome, and whose cancellation leaves the task alone."""
     done: Future = Future()
     future.add_done_callback(lambda _: done.set_result(None) if not done.cancelled() else None)
