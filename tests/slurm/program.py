@@ -1,0 +1,107 @@
+"""`slipstream` for the cluster tests: the verbs that batch files use, with a real broker and scripted peers.
+
+    python tests/slurm/program.py broker RECIPE --resume --set KEY=VALUE
+    python tests/slurm/program.py actor --run FOLDER --name NAME
+    python tests/slurm/program.py learner --run FOLDER --resume
+
+SIGTERM means what it means to the real workers: finish what is in hand, save, leave with exit code 0. Each
+worker notes that it was here in FOLDER/seen.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from broker.main import serve
+from common.recipe import load_recipe
+from deploy.folder import prepare, read_recipe, wait_for_address
+from tests.scripted.actor import ScriptedActor
+from tests.scripted.learner import ScriptedLearner
+
+GROUP_S = float(os.environ.get("TEST_GROUP_S", "0.05"))
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME")
+
+
+def note(folder: Path, who: str, what: str) -> None:
+    """One line about a worker; whole lines of several writers do not mix (O_APPEND)."""
+    names = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_RESTART_COUNT", *RENDEZVOUS)
+    facts = {name: os.environ[name] for name in names if name in os.environ}
+    line = json.dumps({"who": who, "what": what, "pid": os.getpid(), "time": time.time(), **facts})
+    with (folder / "seen.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+def run_broker(recipe: str, overrides: list[str]) -> int:
+    """A real broker, as `slipstream broker --resume` starts it, without the tracker."""
+    loaded = load_recipe(recipe, overrides)
+    folder = prepare(loaded, resume=True, fresh=False)
+    note(folder, "broker", "started")
+    return serve(loaded, run_folder=folder, resume=True)
+
+
+def run_actor(folder: Path, name: str) -> int:
+    """A scripted actor; SIGTERM drains it."""
+    address = wait_for_address(folder, 60)["address"]
+    actor = ScriptedActor(address, name, group_s=GROUP_S, keys=read_recipe(folder).broker.keys)
+    signal.signal(signal.SIGTERM, lambda *_: actor.stop())
+    note(folder, name, "started")
+    actor.run()
+    note(folder, name, "left")
+    return 0
+
+
+def run_learner(folder: Path) -> int:
+    """Rank 0 is a scripted learner; all ranks first meet over gloo, with what srun's environment says."""
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        meet(folder)
+    if os.environ["RANK"] != "0":
+        return 0
+    address = wait_for_address(folder, 60)["address"]
+    keys = read_recipe(folder).broker.keys
+    learner = ScriptedLearner(address, folder / "checkpoint.json", step_s=0.1, every=3, keys=keys)
+    signal.signal(signal.SIGTERM, lambda *_: learner.stop())
+    note(folder, "learner", "started")
+    learner.run()
+    note(folder, "learner", "left")
+    return 0
+
+
+def meet(folder: Path) -> None:
+    """Sum over ranks by gloo."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    total = torch.tensor([dist.get_rank() + 1])
+    dist.all_reduce(total)
+    note(folder, f"rank {dist.get_rank()}", f"sum {int(total)}")
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    """Dispatch a verb."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("verb", choices=["broker", "actor", "learner"])
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--name")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    if options.verb == "broker":
+        return run_broker(options.recipe, options.set)
+    if options.verb == "actor":
+        return run_actor(options.run, options.name)
+    return run_learner(options.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
