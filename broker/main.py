@@ -50,7 +50,7 @@ def serve(
     claim = Claim(run_folder, resume=resume)
     context = zmq.Context()
     page = MetricsPage(recipe.broker.metrics_port)
-    authenticator = None
+    authenticator = socket = None
     try:
         state = open_run(recipe, run_folder, questions, held_out)
         socket = open_socket(context, recipe.broker.max_message_mb)
@@ -61,6 +61,10 @@ def serve(
         log.info("run '%s': broker at %s, step %d", recipe.run.name, address, state.ledger.step)
         return _serve(state, socket, stop, page)
     finally:
+        if socket is not None:
+            socket.close(
+                linger=0
+            )  # before the authenticator: a handshake that waits for it would block the end
         if authenticator is not None:
             authenticator.stop()
         context.destroy(linger=0)
