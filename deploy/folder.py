@@ -96,3 +96,15 @@ def wait_for_address(folder: Path, seconds: float) -> dict[str, Any]:
     raise UserError(
         f"no broker has written {folder / ADDRESS_FILE} for {seconds:.0f} s; is one running?", setting="--run"
     )
+
+
+def newest_folder(root: Path = Path("runs")) -> Path:
+    """The run folder whose broker announced itself last.
+
+    Raises:
+        UserError: no run below `root`.
+    """
+    found = [path.parent for path in root.glob(f"*/{ADDRESS_FILE}")]
+    if not found:
+        raise UserError(f"no run with a broker below ./{root}; name one, or give --join.", setting="RUN")
+    return max(found, key=lambda folder: (folder / ADDRESS_FILE).stat().st_mtime)

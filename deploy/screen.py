@@ -1,0 +1,150 @@
+"""One screen that says how a run goes, from the broker's status.
+
+Invariant: a pure function of the status (keys in docs/operating.md); what is not known yet is a dash, never 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+EVENTS_SHOWN = 3
+WAIT_SHOWN_S = 2.0
+DASH = "–"
+
+
+def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> RenderableType:
+    """The live display of a run; `status` is None until the broker answers."""
+    if status is None:
+        return Panel(Text(note or "starting broker, actors and learner ..."), title=title, title_align="left")
+    parts: list[RenderableType] = [_progress(status), _figures(status), _peers(status)]
+    parts += [Text(line, style="yellow") for line in waits(status)]
+    parts += [Text(_event(event), style="dim") for event in status["events"][-EVENTS_SHOWN:]]
+    if note:
+        parts.append(Text(note, style="bold"))
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _progress(status: Mapping[str, Any]) -> RenderableType:
+    done, total = status["step"], status["steps_total"]
+    row = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=max(1, total), completed=done, width=40)
+    row.add_row(
+        Text(f"step {done}/{total}", style="bold"), bar, f"version {status['version']}", f"ETA {eta(status)}"
+    )
+    return row
+
+
+def eta(status: Mapping[str, Any], now: float | None = None) -> str:
+    """Time to the last step at the mean pace so far."""
+    first, done = status.get("first_lease_time"), status["step"]
+    left = status["steps_total"] - done
+    if status["finished"] or left <= 0:
+        return "done"
+    if not first or not done or status.get("resumed"):
+        return DASH
+    seconds = ((now or time.time()) - first) / done * left
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _figures(status: Mapping[str, Any]) -> RenderableType:
+    train, staleness, queue = status["train"] or {}, status["staleness"], status["queue"]
+    table = Table.grid(padding=(0, 3))
+    table.add_row("reward", number(train.get("train/reward"), ".3f"), "held-out", held_out(status))
+    table.add_row(
+        "tokens/s",
+        f"actors {number(status['rates']['actor_tokens_per_s'], ',.0f')}, "
+        f"learner {number(train.get('train/tokens_per_s'), ',.0f')}",
+        "learner idle",
+        f"{number(train.get('train/idle_share'), '.0%')}{bottleneck(train)}",
+    )
+    table.add_row(
+        "staleness",
+        f"mean {number(train.get('train/staleness_mean'), '.2f')}, max {staleness['max']} of {staleness['bound']}",
+        "queue",
+        f"{queue['untaken']} buffered, {status['leases']['count']} in flight, {queue['wanted_per_step']} a step",
+    )
+    table.add_row(
+        "length",
+        f"{number(train.get('train/length'), '.1f')} tokens "
+        f"(correct {number(train.get('train/length_correct'), '.1f')}, "
+        f"incorrect {number(train.get('train/length_incorrect'), '.1f')})",
+        "mismatch",
+        f"mean {number(train.get('train/mismatch_mean'), '.1e')} nats",
+    )
+    return table
+
+
+def bottleneck(train: Mapping[str, Any]) -> str:
+    """Says so when the learner waits for the actors."""
+    share = train.get("train/idle_share")
+    return "  (the actors are the bottleneck)" if share is not None and share > 0.15 else ""
+
+
+def held_out(status: Mapping[str, Any]) -> str:
+    """Accuracy of the first and the latest evaluation."""
+    history = status["evaluations"]
+    if not history:
+        return DASH
+    first, last = history[0], history[-1]
+    parts = [
+        f"{label} {first[key]:.3f} → {last[key]:.3f}"
+        for label, key in (("sampled", "pass1"), ("greedy", "greedy"))
+        if key in first and key in last
+    ]
+    return f"{', '.join(parts)} (version {last['version']})"
+
+
+def _peers(status: Mapping[str, Any]) -> RenderableType:
+    table = Table.grid(padding=(0, 3))
+    for name, peer in status["peers"].items():
+        if peer["role"] == "observer":
+            continue
+        usage = peer["telemetry"]
+        state = peer["state"] if peer["alive"] else f"gone: {peer['farewell'] or 'no sign of life'}"
+        table.add_row(
+            name,
+            f"{state}, version {peer['version']}",
+            f"{number(usage.get('cpu_cores'), '.1f')} cores, {number(usage.get('rss_mb'), ',.0f')} MiB{_gpu(usage)}",
+        )
+    return table
+
+
+def _gpu(usage: Mapping[str, float]) -> str:
+    uses = [value for key, value in usage.items() if key.startswith("gpu") and key.endswith("_use")]
+    return f", GPU {sum(uses) / len(uses):.0%}" if uses else ""
+
+
+def waits(status: Mapping[str, Any]) -> list[str]:
+    """Who waits for whom, since when."""
+    return [
+        f"{wait['who']} waits for {wait['for']} ({wait['seconds']:.0f} s)"
+        for wait in status["waits"]
+        if wait["seconds"] >= WAIT_SHOWN_S
+    ]
+
+
+def _event(event: Mapping[str, Any]) -> str:
+    return f"{time.strftime('%H:%M:%S', time.localtime(event['time']))} {event['text']}"
+
+
+def number(value: Any, form: str) -> str:
+    """A number in a format, or a dash where there is none."""
+    return DASH if value is None else format(value, form)
+
+
+def line(status: Mapping[str, Any]) -> str:
+    """The same in one line, where there is no terminal."""
+    train = status["train"] or {}
+    return (
+        f"step {status['step']}/{status['steps_total']}  reward {number(train.get('train/reward'), '.3f')}  "
+        f"held-out {held_out(status)}  staleness max {status['staleness']['max']}  "
+        f"idle {number(train.get('train/idle_share'), '.0%')}  ETA {eta(status)}"
+    )
