@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of the response tokens, without ever holding [tokens × vocabulary].
 
-Invariant: no tensor with more than CHUNK_ELEMENTS elements per [tokens × vocabulary] block exists in forward or
-backward, whatever the length of the row, and the numbers are those of `log_softmax(logits / temperature)`: the
+Invariant: logits exist for at most `chunk_tokens` tokens at a time, in forward and in backward, whatever the
+length of the row, and the numbers are those of `log_softmax(logits / temperature)`: the
 distribution that the actor sampled from (design, I6). Logits are formed in the model's dtype and reduced in
 float32.
 """
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from common.errors import UserError
 from learner import attention
 from learner.packing import PackedBatch
 
-# 2²⁶ float32 values are 256 MiB: 441 tokens at a vocabulary of 152 k.
-CHUNK_ELEMENTS = 1 << 26
+CHUNK_TOKENS = 1024  # of logits at one time: 600 MB in float32 at a vocabulary of 152 k
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -122,7 +122,7 @@ def token_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, softmax((hidden · weightᵀ + bias) / T).
 
@@ -131,19 +131,20 @@ def token_logprobs(
         weight: [vocabulary, width]; bias: [vocabulary] or None.
         targets: [T] int64.
         temperature: of sampling, > 0.
-        chunk_elements: largest tokens × vocabulary block; at least one token is always processed.
+        chunk_tokens: tokens whose logits exist at one time, at least 1.
 
     Returns:
         (logp [T], entropy [T]) in nats, float32 (float64 for float64 input), differentiable once in hidden,
         weight and bias.
 
     Raises:
-        ValueError: temperature is not positive.
+        ValueError: temperature or chunk_tokens is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    chunk = max(1, chunk_elements // weight.shape[0])
-    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, float(temperature), chunk)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, float(temperature), chunk_tokens)
 
 
 class TokenHead(nn.Linear):
@@ -153,18 +154,27 @@ class TokenHead(nn.Linear):
     a parameter only around the forward of the module that owns it.
     """
 
+    chunk_tokens: int = CHUNK_TOKENS
+
     def forward(  # type: ignore[override]
         self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return super().forward(hidden)
-        return token_logprobs(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
+        return token_logprobs(
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> TokenHead:
+    def from_linear(cls, linear: nn.Linear, chunk_tokens: int = CHUNK_TOKENS) -> TokenHead:
         """A head that shares `linear`'s parameters."""
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        head.weight, head.bias = linear.weight, linear.bias
+        head.weight, head.bias, head.chunk_tokens = linear.weight, linear.bias, chunk_tokens
         return head
 
 
@@ -178,13 +188,22 @@ class PolicyModel(nn.Module):
         lm: has `.model` (the decoder stack) and `.lm_head` (an nn.Linear, tied or not). Its attention and head
             are replaced in place; generation with it needs `set_attn_implementation` back.
         value_head: add a scalar head on the same states (PPO's critic), started at zero.
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Raises:
+        UserError: the output head is no plain linear layer (an adapter was put on it, say).
     """
 
-    def __init__(self, lm: nn.Module, *, value_head: bool = False) -> None:
+    def __init__(self, lm: nn.Module, *, value_head: bool = False, chunk_tokens: int = CHUNK_TOKENS) -> None:
         super().__init__()
         lm.set_attn_implementation(attention.register())
-        if not isinstance(lm.lm_head, TokenHead):
-            lm.lm_head = TokenHead.from_linear(lm.lm_head)
+        if not isinstance(lm.lm_head, nn.Linear):
+            kind = type(lm.lm_head).__name__
+            raise UserError(
+                f"the output head is a {kind}; only a plain linear head is supported",
+                setting="lora.target_modules",
+            )
+        lm.lm_head = TokenHead.from_linear(lm.lm_head, chunk_tokens)
         self.lm = lm
         self.value_head = _zero_head(lm.lm_head) if value_head else None
 

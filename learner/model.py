@@ -73,7 +73,7 @@ def load_policy(recipe: Recipe, *, value_head: bool) -> PolicyModel:
         lm = _with_adapters(lm, recipe)
     if recipe.learner.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = PolicyModel(lm, value_head=value_head)
+    policy = PolicyModel(lm, value_head=value_head, chunk_tokens=recipe.learner.logprob_chunk_tokens)
     policy.train()
     return policy
 
@@ -98,7 +98,8 @@ def _with_adapters(lm: nn.Module, recipe: Recipe) -> nn.Module:
 
 def load_reference(recipe: Recipe, device: torch.device) -> PolicyModel:
     """The base model, frozen, for the KL terms."""
-    reference = PolicyModel(load_language_model(recipe)).to(device)
+    lm = load_language_model(recipe)
+    reference = PolicyModel(lm, chunk_tokens=recipe.learner.logprob_chunk_tokens).to(device)
     reference.requires_grad_(False)
     return reference.eval()
 

@@ -25,17 +25,17 @@ def objective_of(recipe: Recipe) -> Objective:
         "clip_low": settings.clip_low,
         "clip_high": settings.clip_high,
         "dual_clip": settings.dual_clip,
-        "correction_low": settings.correction_floor,
-        "correction_high": settings.correction_cap,
+        "correction_floor": settings.correction_floor,
+        "correction_cap": settings.correction_cap,
     }
     return preset(
         settings.preset,
-        budget=recipe.normaliser,
+        normaliser=recipe.normaliser,
         kl_beta=settings.kl_beta,
-        kl_penalty=settings.kl_in_reward,
+        kl_in_reward=settings.kl_in_reward,
         gamma=settings.gamma,
         lam=settings.lam,
         value_clip=settings.value_clip,
-        value_coef=settings.value_coefficient,
+        value_coefficient=settings.value_coefficient,
         **{name: value for name, value in chosen.items() if value is not None},
     )

@@ -12,14 +12,18 @@ for each. What the objective needs is kept per response token, as 1-D tensors of
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 FILLER_TOKENS = 1
+
+Item = TypeVar("Item")
+PerSample: TypeAlias = Sequence[Item] | Mapping[int, Item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class PackedBatch:
         rows = torch.as_tensor(self.samples, dtype=torch.int64, device=values.device)
         return values[rows][self.sequence.to(values.device)]
 
-    def concatenate(self, values: Sequence[Tensor | Sequence[float]], dtype: torch.dtype) -> Tensor:
+    def concatenate(self, values: PerSample[Tensor | Sequence[float]], dtype: torch.dtype) -> Tensor:
         """Join per-response-token values, one 1-D entry per sample of the whole plan, into this row's [T].
 
         Raises:
@@ -87,10 +91,11 @@ class PackedBatch:
 
 def pack(
     samples: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: PerSample[Tensor | Sequence[int]],
+    responses: PerSample[Tensor | Sequence[int]],
 ) -> PackedBatch:
-    """Build the row that holds `samples`, which index into `prompts` and `responses` (token ids).
+    """Build the row that holds `samples`, which index into `prompts` and `responses` (token ids; a list, or a mapping that
+    holds these samples).
 
     No samples gives a filler: one token, no response token; a forward and backward through it adds exact zeros.
 

@@ -94,7 +94,7 @@ class PolicyStep:
                 mismatch.add(row.tokens.prox_logp, row.tokens.behaviour_logp, row.current)
         if self._objective.needs_values:
             return [[self._with_gae(row, rewards.flatten()) for row in rows] for rows in surveyed]
-        if self._objective.kl_penalty > 0:
+        if self._objective.kl_in_reward > 0:
             advantages = self._penalised_advantages(surveyed[:first_pass], rewards)
             return [[_with_advantages(row, advantages) for row in rows] for rows in surveyed]
         return surveyed
@@ -115,9 +115,9 @@ class PolicyStep:
         if row.batch.is_filler:
             return row._replace(tokens=replace(tokens, returns=tokens.old_values))
         penalties = None
-        if self._objective.kl_penalty > 0:
+        if self._objective.kl_in_reward > 0:
             penalties = kl.token_penalties(
-                self._objective.kl_penalty, tokens.behaviour_logp, tokens.ref_logp
+                self._objective.kl_in_reward, tokens.behaviour_logp, tokens.ref_logp
             ).cpu()
         earned = token_rewards(rewards[list(row.batch.samples)], lengths, penalties)
         advantages, returns = gae(
@@ -133,7 +133,9 @@ class PolicyStep:
         penalties = torch.zeros(rewards.numel(), dtype=torch.float64)
         for row in (row for rows in updates for row in rows if not row.batch.is_filler):
             tokens = row.tokens
-            per_token = kl.token_penalties(self._objective.kl_penalty, tokens.behaviour_logp, tokens.ref_logp)
+            per_token = kl.token_penalties(
+                self._objective.kl_in_reward, tokens.behaviour_logp, tokens.ref_logp
+            )
             sums = segment_sum(per_token.double(), tokens.sequence, tokens.count)
             penalties[list(row.batch.samples)] = sums.cpu()
         self._ranks.sum(penalties)

@@ -6,7 +6,7 @@ float32, of the distribution that was sampled from (temperature applied).
 
 How a learner uses it, for one batch of complete groups:
 
-    objective = preset("dr_grpo", budget=3000)
+    objective = preset("dr_grpo", normaliser=3000)
     advantages = objective.advantages(rewards, group_ids).flatten()         # [groups, G], before any split
     for samples in packing.optimizer_steps(len(responses), steps, seed):
         size = StepSize(responses=scheduled, tokens=int(response_lengths[samples].sum()))

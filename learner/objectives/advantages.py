@@ -39,7 +39,7 @@ def group_advantages(kind: str, rewards: Tensor, names: Collection[str] | None =
         UserError: unknown kind; G = 1 with a baseline, since the baseline would be the reward itself; a reward
             that is not finite (the message names the group).
     """
-    check_choice("objective.advantage", kind, GROUP_ADVANTAGES)
+    check_choice("algorithm.advantage", kind, GROUP_ADVANTAGES)
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [groups, G], not {tuple(rewards.shape)}")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -50,7 +50,7 @@ def group_advantages(kind: str, rewards: Tensor, names: Collection[str] | None =
     if size == 1:
         raise UserError(
             f"{kind} compares the responses to one question and needs at least 2, not 1",
-            setting="samples_per_question",
+            setting="rollout.group_size",
         )
     centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(zero_variance(rewards)[:, None], 0.0)
     if kind == "grpo":

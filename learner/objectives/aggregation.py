@@ -37,7 +37,7 @@ class StepSize:
             )
 
 
-def sequence_weights(kind: str, lengths: Tensor, size: StepSize, budget: int) -> Tensor:
+def sequence_weights(kind: str, lengths: Tensor, size: StepSize, normaliser: float) -> Tensor:
     """Weight of every token of each response; all three forms give one number per response.
 
     constant       1 / (N · L)      unbiased: L is a recipe constant (arXiv 2503.20783, Listing 1, green)
@@ -47,15 +47,15 @@ def sequence_weights(kind: str, lengths: Tensor, size: StepSize, budget: int) ->
     Args:
         lengths: [n] response tokens of each response (those trained on), n any part of the step.
         size: of the whole optimizer step.
-        budget: L, the generation budget in tokens.
+        normaliser: L, in tokens; the paper takes the generation budget.
 
     Returns:
         [n] float32.
     """
-    check_choice("objective.aggregation", kind, AGGREGATIONS)
+    check_choice("algorithm.aggregation", kind, AGGREGATIONS)
     lengths = lengths.to(torch.float32)
     if kind == "constant":
-        return torch.full_like(lengths, 1.0 / (size.responses * budget))
+        return torch.full_like(lengths, 1.0 / (size.responses * normaliser))
     if kind == "response_mean":
         return 1.0 / (size.responses * lengths.clamp(min=1))
     return torch.full_like(lengths, 1.0 / max(size.tokens, 1))

@@ -20,6 +20,12 @@ def check_range(setting: str, value: float, low: float, high: float = math.inf) 
         raise UserError(f"must be a number from {low:g} to {high:g}, not {value}", setting=setting)
 
 
+def check_positive(setting: str, value: float) -> None:
+    """Raise UserError unless `value` is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"must be a number above 0, not {value}", setting=setting)
+
+
 def name_rows(rows: Iterable[int], names: Collection[str] | None) -> str:
     """'group a, group b, ...' (at most three) for an error message."""
     labels = list(names) if names is not None else None

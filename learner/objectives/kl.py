@@ -24,7 +24,7 @@ def kl_estimate(kind: str, logp: Tensor, logq: Tensor) -> Tensor:
     Args:
         logp, logq: [T], log-probabilities of tokens sampled from p.
     """
-    check_choice("objective.kl_estimator", kind, KL_ESTIMATORS)
+    check_choice("algorithm.kl_estimator", kind, KL_ESTIMATORS)
     x = logq - logp
     if kind == "k1":
         return -x

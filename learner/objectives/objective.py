@@ -16,7 +16,7 @@ from common.errors import UserError
 from learner.objectives import advantages as adv
 from learner.objectives import corrections, kl, losses
 from learner.objectives.aggregation import AGGREGATIONS, StepSize, sequence_weights
-from learner.objectives.choices import check_choice, check_range
+from learner.objectives.choices import check_choice, check_positive, check_range
 from learner.objectives.gae import value_loss
 from learner.objectives.metrics import TokenMetrics, token_metrics
 
@@ -78,7 +78,8 @@ def _select(values: Tensor | None, mask: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The objective of a run, as named by a recipe. The defaults are Dr. GRPO as in the paper (Table 6).
+    """The objective of a run; field by field what a recipe's `[algorithm]` says. The defaults are Dr. GRPO as in
+    the paper (Table 6).
 
     Attributes:
         advantage: dr_grpo, grpo, rloo, none or gae.
@@ -86,16 +87,16 @@ class Objective:
         anchor: denominator of the ratio: `behavior` μ (one forward pass) or `proximal` π_prox.
         correction: none, tis, icepop, sequence_mask, geometric_mask or m2po; others than none need `proximal`.
         aggregation: constant, response_mean or token_mean.
-        budget: L of `constant`, tokens; the paper's generation budget.
+        normaliser: L of `constant`, in tokens; the paper's generation budget.
         clip_low, clip_high: trust region [1 − clip_low, 1 + clip_high]; None takes the loss's default.
         dual_clip: bound c > 1 on the loss of negative advantages (ppo_clip only); None leaves it out.
-        correction_low, correction_high: bounds of ρ; None takes the correction's default.
+        correction_floor, correction_cap: bounds of ρ; None takes the correction's default.
         second_moment: τ of m2po.
         kl_beta: weight of the KL loss to a reference model; 0 needs no reference model.
         kl_estimator: k1, k2 or k3, for that loss.
-        kl_penalty: weight of the KL penalty in the reward; 0 needs no reference model.
+        kl_in_reward: weight of the KL penalty in the reward; 0 needs no reference model.
         gamma, lam: of gae.
-        value_clip, value_coef: of the value loss; value_clip None leaves the clip out.
+        value_clip, value_coefficient: of the value loss; value_clip None leaves the clip out.
 
     Raises:
         UserError: on construction, for an unknown name (listing the valid ones), a number out of range, or parts
@@ -107,60 +108,60 @@ class Objective:
     anchor: str = "behavior"
     correction: str = "none"
     aggregation: str = "constant"
-    budget: int = 3000
+    normaliser: float = 3000.0
     clip_low: float | None = None
     clip_high: float | None = None
     dual_clip: float | None = None
-    correction_low: float | None = None
-    correction_high: float | None = None
+    correction_floor: float | None = None
+    correction_cap: float | None = None
     second_moment: float = corrections.SECOND_MOMENT
     kl_beta: float = 0.0
     kl_estimator: str = "k3"
-    kl_penalty: float = 0.0
+    kl_in_reward: float = 0.0
     gamma: float = 1.0
     lam: float = 1.0
     value_clip: float | None = 0.2
-    value_coef: float = 1.0
+    value_coefficient: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("objective.advantage", self.advantage, ADVANTAGES)
-        check_choice("objective.loss", self.loss, losses.LOSSES)
-        check_choice("objective.anchor", self.anchor, ANCHORS)
-        check_choice("objective.correction", self.correction, corrections.CORRECTIONS)
-        check_choice("objective.aggregation", self.aggregation, AGGREGATIONS)
-        check_choice("objective.kl_estimator", self.kl_estimator, kl.KL_ESTIMATORS)
+        check_choice("algorithm.advantage", self.advantage, ADVANTAGES)
+        check_choice("algorithm.loss", self.loss, losses.LOSSES)
+        check_choice("algorithm.anchor", self.anchor, ANCHORS)
+        check_choice("algorithm.correction", self.correction, corrections.CORRECTIONS)
+        check_choice("algorithm.aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("algorithm.kl_estimator", self.kl_estimator, kl.KL_ESTIMATORS)
         self._check_numbers()
         self._check_combination()
 
     def _check_numbers(self) -> None:
-        check_range("objective.budget", self.budget, 1)
+        check_positive("algorithm.normaliser", self.normaliser)
         low, high = self.clip
-        check_range("objective.clip_low", low, 0, 1)
-        check_range("objective.clip_high", high, 0)
+        check_range("algorithm.clip_low", low, 0, 1)
+        check_range("algorithm.clip_high", high, 0)
         low, high = self.correction_bounds
-        check_range("objective.correction_low", low, 0)
-        check_range("objective.correction_high", high, low)
-        for name in ("second_moment", "kl_beta", "kl_penalty", "value_coef"):
-            check_range(f"objective.{name}", getattr(self, name), 0)
+        check_range("algorithm.correction_floor", low, 0)
+        check_range("algorithm.correction_cap", high, low)
+        for name in ("second_moment", "kl_beta", "kl_in_reward", "value_coefficient"):
+            check_range(f"algorithm.{name}", getattr(self, name), 0)
         for name in ("gamma", "lam"):
-            check_range(f"objective.{name}", getattr(self, name), 0, 1)
+            check_range(f"algorithm.{name}", getattr(self, name), 0, 1)
         if self.value_clip is not None:
-            check_range("objective.value_clip", self.value_clip, 0)
+            check_range("algorithm.value_clip", self.value_clip, 0)
 
     def _check_combination(self) -> None:
         if self.correction != "none" and self.anchor != "proximal":
             raise UserError(
-                f"{self.correction!r} corrects π_prox / μ and needs objective.anchor = 'proximal'; with 'behavior' "
+                f"{self.correction!r} corrects π_prox / μ and needs algorithm.anchor = 'proximal'; with 'behavior' "
                 "the ratio already is π / μ",
-                setting="objective.correction",
+                setting="algorithm.correction",
             )
         if self.dual_clip is not None:
             if self.loss != "ppo_clip":
-                raise UserError(f"only applies to ppo_clip, not {self.loss}", setting="objective.dual_clip")
+                raise UserError(f"only applies to ppo_clip, not {self.loss}", setting="algorithm.dual_clip")
             if not self.dual_clip > 1 + self.clip[1]:
                 raise UserError(
                     f"must lie above the trust region's edge {1 + self.clip[1]:g}, not {self.dual_clip}",
-                    setting="objective.dual_clip",
+                    setting="algorithm.dual_clip",
                 )
 
     @property
@@ -174,17 +175,17 @@ class Objective:
 
     @property
     def correction_bounds(self) -> tuple[float, float]:
-        """(correction_low, correction_high) with the correction's defaults filled in."""
+        """(correction_floor, correction_cap) with the correction's defaults filled in."""
         low, high = corrections.DEFAULT_BOUNDS[self.correction]
         return (
-            low if self.correction_low is None else self.correction_low,
-            high if self.correction_high is None else self.correction_high,
+            low if self.correction_floor is None else self.correction_floor,
+            high if self.correction_cap is None else self.correction_cap,
         )
 
     @property
     def needs_reference(self) -> bool:
         """A frozen reference model has to be loaded."""
-        return self.kl_beta > 0 or self.kl_penalty > 0
+        return self.kl_beta > 0 or self.kl_in_reward > 0
 
     @property
     def needs_values(self) -> bool:
@@ -204,7 +205,7 @@ class Objective:
 
     def weights(self, lengths: Tensor, size: StepSize) -> Tensor:
         """Weight of the tokens of each response; see `sequence_weights`."""
-        return sequence_weights(self.aggregation, lengths, size, self.budget)
+        return sequence_weights(self.aggregation, lengths, size, self.normaliser)
 
     def step_limit(self, log_rho: Tensor) -> float | None:
         """What the correction needs from all tokens of the optimizer step; None for all but m2po.
@@ -246,7 +247,7 @@ class Objective:
         if kl_reference is not None:
             loss = loss + self.kl_beta * kl_reference
         if self.needs_values:
-            loss = loss + self.value_coef * value_loss(
+            loss = loss + self.value_coefficient * value_loss(
                 values, tokens.old_values, tokens.returns, self.value_clip
             )
         loss = loss * tokens.weights

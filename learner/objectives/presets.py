@@ -40,5 +40,5 @@ def preset(name: str, **overrides: Any) -> Objective:
     Raises:
         UserError: unknown name (the message lists all), or fields that do not go together.
     """
-    check_choice("objective.preset", name, PRESETS)
+    check_choice("algorithm.preset", name, PRESETS)
     return Objective(**{**PRESETS[name], **overrides})

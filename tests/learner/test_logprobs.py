@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.errors import UserError
 from learner.logprobs import PolicyModel, TokenHead, token_logprobs
 from learner.packing import pack
 
@@ -34,7 +35,7 @@ def random_head(tokens, width=5, vocabulary=11, bias=True, seed=0):
 @settings(deadline=None, max_examples=40)
 @given(
     tokens=st.integers(0, 9),
-    chunk=st.integers(1, 100),
+    chunk=st.integers(1, 12),
     temperature=st.floats(0.2, 3.0),
     bias=st.booleans(),
     uses=st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.7, -0.3)]),
@@ -47,7 +48,7 @@ def test_equals_log_softmax_forward_and_backward(tokens, chunk, temperature, bia
     for function in (
         lambda: plain(hidden, weight, targets, offset, temperature),
         lambda: token_logprobs(
-            hidden, weight, targets, bias=offset, temperature=temperature, chunk_elements=chunk
+            hidden, weight, targets, bias=offset, temperature=temperature, chunk_tokens=chunk
         ),
     ):
         logp, entropy = function()
@@ -63,34 +64,36 @@ def test_gradcheck():
     hidden, weight, bias, targets = random_head(4, vocabulary=6, width=3)
 
     def function(hidden, weight, bias):
-        return token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7, chunk_elements=12)
+        return token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7, chunk_tokens=3)
 
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation returned."""
+    """Remembers the most elements that any operation returned, views of `ignore` aside."""
 
-    def __init__(self) -> None:
+    def __init__(self, ignore: torch.Tensor | None = None) -> None:
         super().__init__()
         self.elements = 0
+        self._ignored = ignore.data_ptr() if ignore is not None else None
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        sizes = [leaf.numel() for leaf in leaves if leaf.data_ptr() != self._ignored]
         self.elements = max([self.elements, *sizes])
         return result
 
 
 def test_memory_is_bounded_by_the_chunk_in_forward_and_backward():
-    tokens, vocabulary, width, chunk = 600, 1000, 8, 20_000
+    tokens, vocabulary, width, chunk = 600, 1000, 8, 20
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.randint(0, vocabulary, (tokens,))
     with LargestTensor() as seen:
-        logp, entropy = token_logprobs(hidden, weight, targets, chunk_elements=chunk)
+        logp, entropy = token_logprobs(hidden, weight, targets, chunk_tokens=chunk)
         (logp.sum() + entropy.sum()).backward()
-    assert seen.elements == chunk
+    assert seen.elements == chunk * vocabulary
     with LargestTensor() as seen:
         sum(part.sum() for part in plain(hidden, weight, targets, None, 1.0)).backward()
     assert seen.elements == tokens * vocabulary
@@ -99,7 +102,7 @@ def test_memory_is_bounded_by_the_chunk_in_forward_and_backward():
 def test_half_precision_reduces_in_float32():
     hidden, weight, _, targets = random_head(50, width=16, vocabulary=300, bias=False)
     hidden, weight = hidden.detach().bfloat16(), (0.3 * weight.detach()).bfloat16()
-    logp, entropy = token_logprobs(hidden, weight, targets, chunk_elements=3000)
+    logp, entropy = token_logprobs(hidden, weight, targets, chunk_tokens=10)
     assert logp.dtype == entropy.dtype == torch.float32
     logits = (hidden @ weight.t()).double()  # the rounding of the logits is the model's own
     log_p = torch.log_softmax(logits, -1)
@@ -111,9 +114,9 @@ def test_half_precision_reduces_in_float32():
 def test_half_precision_weight_gradient_does_not_depend_on_the_chunk():
     hidden, weight, _, targets = random_head(400, width=16, vocabulary=64, bias=False)
     gradients = []
-    for chunk in (64, 64 * 400):
+    for chunk in (1, 400):
         leaf = weight.detach().bfloat16().requires_grad_()
-        token_logprobs(hidden.detach().bfloat16(), leaf, targets, chunk_elements=chunk)[0].sum().backward()
+        token_logprobs(hidden.detach().bfloat16(), leaf, targets, chunk_tokens=chunk)[0].sum().backward()
         gradients.append(leaf.grad.float())
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert error < 5e-3  # adding 400 roundings in bfloat16 would give several per cent
@@ -124,6 +127,12 @@ def test_temperature_must_be_positive(temperature):
     hidden, weight, _, targets = random_head(1)
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(hidden, weight, targets, temperature=temperature)
+
+
+def test_chunk_must_hold_a_token():
+    hidden, weight, _, targets = random_head(1)
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        token_logprobs(hidden, weight, targets, chunk_tokens=0)
 
 
 def test_head_shares_parameters_and_still_is_a_linear_layer():
@@ -139,7 +148,7 @@ def tiny_lm(kind: str, seed: int = 0, **config) -> nn.Module:
 
     torch.manual_seed(seed)
     common = {
-        "vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "vocab_size": config.pop("vocab_size", 53), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
     configs = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -203,6 +212,23 @@ def test_plain_forward_of_a_packed_model_is_refused():
     PolicyModel(lm)
     with pytest.raises(ValueError, match="segments"):
         lm(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    lm = tiny_lm("qwen2")
+    lm.lm_head = nn.Sequential(lm.lm_head)
+    with pytest.raises(UserError, match="lora.target_modules: the output head is a Sequential"):
+        PolicyModel(lm)
+
+
+def test_the_chunk_of_the_policy_bounds_its_logits():
+    batch, largest = pack([2], PROMPTS, RESPONSES), []
+    for chunk in (2, 1000):
+        policy = PolicyModel(tiny_lm("llama", vocab_size=5000), chunk_tokens=chunk)
+        with torch.no_grad(), LargestTensor(ignore=policy.lm.lm_head.weight) as seen:
+            policy(batch)
+        largest.append(seen.elements)
+    assert largest == [2 * 5000, len(RESPONSES[2]) * 5000]
 
 
 def test_filler_reaches_every_parameter_with_an_exact_zero():

@@ -66,7 +66,7 @@ def test_empty_batch_is_empty(kind, shape):
 
 @pytest.mark.parametrize("kind", BASELINES)
 def test_group_of_one_is_refused_with_a_baseline(kind):
-    with pytest.raises(UserError, match=r"samples_per_question: .* at least 2, not 1"):
+    with pytest.raises(UserError, match=r"rollout\.group_size: .* at least 2, not 1"):
         group_advantages(kind, torch.tensor([[1.0]]))
 
 

@@ -57,7 +57,9 @@ def trl_style(loss_type, logp, old, ref, advantages, mask, *, beta, low, high, m
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_equals_the_padded_group_trainer_style(aggregation, loss_type, beta):
     batch = padded_batch()
-    objective = Objective(aggregation=aggregation, budget=BUDGET, kl_beta=beta, clip_low=0.2, clip_high=0.28)
+    objective = Objective(
+        aggregation=aggregation, normaliser=BUDGET, kl_beta=beta, clip_low=0.2, clip_high=0.28
+    )
     ours = packed_loss(objective, *batch)
     theirs = trl_style(loss_type, *batch, beta=beta, low=0.2, high=0.28, max_completion_length=BUDGET)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
@@ -89,7 +91,7 @@ def verl_style(mode, logp, old, advantages, mask, *, low, high, clip_c, scale):
 )
 def test_equals_the_padded_dual_clip_style(aggregation, mode):
     logp, old, ref, advantages, mask = padded_batch()
-    objective = Objective(aggregation=aggregation, budget=BUDGET, dual_clip=1.3)
+    objective = Objective(aggregation=aggregation, normaliser=BUDGET, dual_clip=1.3)
     ours = packed_loss(objective, logp, old, ref, advantages, mask)
     theirs = verl_style(mode, logp, old, advantages, mask, low=0.2, high=0.2, clip_c=1.3, scale=BUDGET)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)

@@ -90,7 +90,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(
     lengths, name, aggregation, beta, budget, ranks, seed
 ):
     step = Step(lengths, seed)
-    objective = preset(name, aggregation=aggregation, kl_beta=beta, budget=50)
+    objective = preset(name, aggregation=aggregation, kl_beta=beta, normaliser=50)
     plan = plan_micro_batches([n + 1 for n in lengths], ranks=ranks, token_budget=budget)
     whole, all_metrics = step.loss(objective, [list(range(len(lengths)))])
     split, metrics = step.loss(objective, [row for rank in plan for row in rank])
@@ -186,11 +186,11 @@ def test_defaults_are_the_papers():
     objective = preset("dr_grpo")
     assert objective == Objective()
     assert objective.clip == (0.2, 0.2)
-    assert objective.budget == 3000
-    assert (objective.kl_beta, objective.kl_penalty, objective.gamma, objective.lam) == (0, 0, 1, 1)
-    assert (objective.value_clip, objective.value_coef) == (0.2, 1.0)
+    assert objective.normaliser == 3000
+    assert (objective.kl_beta, objective.kl_in_reward, objective.gamma, objective.lam) == (0, 0, 1, 1)
+    assert (objective.value_clip, objective.value_coefficient) == (0.2, 1.0)
     assert not objective.needs_reference
-    assert preset("dr_grpo", kl_penalty=0.01).needs_reference
+    assert preset("dr_grpo", kl_in_reward=0.01).needs_reference
 
 
 @pytest.mark.parametrize(
@@ -225,22 +225,22 @@ def test_ablations_are_the_four_corners(name, advantage, aggregation):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"advantage": "x"}, "objective.advantage: .*dr_grpo, grpo, rloo, none, gae"),
-        ({"loss": "x"}, "objective.loss: .*ppo_clip, cispo, gspo, reinforce"),
-        ({"anchor": "behaviour"}, "objective.anchor: .*behavior, proximal"),
-        ({"correction": "x", "anchor": "proximal"}, "objective.correction: .*tis"),
-        ({"aggregation": "x"}, "objective.aggregation: .*constant"),
-        ({"kl_estimator": "x"}, "objective.kl_estimator: .*k1, k2, k3"),
-        ({"correction": "tis"}, "objective.correction: .*proximal"),
-        ({"loss": "gspo", "dual_clip": 3.0}, "objective.dual_clip"),
-        ({"dual_clip": 1.1}, r"objective.dual_clip: must lie above .* 1\.2"),
-        ({"budget": 0}, "objective.budget"),
-        ({"clip_low": 1.5}, "objective.clip_low"),
-        ({"clip_high": -0.1}, "objective.clip_high"),
-        ({"kl_beta": math.nan}, "objective.kl_beta"),
-        ({"gamma": 1.1}, "objective.gamma"),
-        ({"value_clip": -1.0}, "objective.value_clip"),
-        ({"anchor": "proximal", "correction": "icepop", "correction_low": 9.0}, "objective.correction_high"),
+        ({"advantage": "x"}, "algorithm.advantage: .*dr_grpo, grpo, rloo, none, gae"),
+        ({"loss": "x"}, "algorithm.loss: .*ppo_clip, cispo, gspo, reinforce"),
+        ({"anchor": "behaviour"}, "algorithm.anchor: .*behavior, proximal"),
+        ({"correction": "x", "anchor": "proximal"}, "algorithm.correction: .*tis"),
+        ({"aggregation": "x"}, "algorithm.aggregation: .*constant"),
+        ({"kl_estimator": "x"}, "algorithm.kl_estimator: .*k1, k2, k3"),
+        ({"correction": "tis"}, "algorithm.correction: .*proximal"),
+        ({"loss": "gspo", "dual_clip": 3.0}, "algorithm.dual_clip"),
+        ({"dual_clip": 1.1}, r"algorithm.dual_clip: must lie above .* 1\.2"),
+        ({"normaliser": 0}, "algorithm.normaliser"),
+        ({"clip_low": 1.5}, "algorithm.clip_low"),
+        ({"clip_high": -0.1}, "algorithm.clip_high"),
+        ({"kl_beta": math.nan}, "algorithm.kl_beta"),
+        ({"gamma": 1.1}, "algorithm.gamma"),
+        ({"value_clip": -1.0}, "algorithm.value_clip"),
+        ({"anchor": "proximal", "correction": "icepop", "correction_floor": 9.0}, "algorithm.correction_cap"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, message):

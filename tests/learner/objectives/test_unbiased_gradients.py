@@ -51,8 +51,8 @@ class Policy:
 
 def expected_update(name: str, policy: Policy, size: int, **overrides: str) -> torch.Tensor:
     """−L × E over all groups of the gradient of the objective called `name`; L undoes the constant."""
-    budget = int(LENGTHS.max())
-    objective = preset(name, budget=budget, **overrides)
+    constant = float(LENGTHS.max())
+    objective = preset(name, normaliser=constant, **overrides)
     with torch.no_grad():
         probabilities = policy.response_logps().exp()
     assert float(probabilities.sum()) == pytest.approx(1.0)
@@ -78,7 +78,7 @@ def expected_update(name: str, policy: Policy, size: int, **overrides: str) -> t
         behaviour_logp=logp.detach(),
     )
     loss, _ = objective.token_loss(logp, tokens)
-    return -budget * torch.autograd.grad(loss, policy.logits)[0]
+    return -constant * torch.autograd.grad(loss, policy.logits)[0]
 
 
 LOGITS = (-0.8, 0.3, -0.4)
