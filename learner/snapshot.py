@@ -181,6 +181,6 @@ def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(partitioned, modifier_rank=None)
