@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import Recipe
+from deploy.launch.program import own_program
 
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 NAME = re.compile(r"[A-Za-z0-9._,:+-]+")
@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, options: Options, *, program: tuple[str, ...] | No
         name=str(recipe.run.name),
         folder=recipe.folder.resolve(),
         directory=Path.cwd(),
-        program=shlex.join(program or (sys.executable, "-m", "deploy")),
+        program=shlex.join(program or own_program()),
         options=options,
         ranks_per_node=gpus or _ranks_per_node(recipe, options),
         gpus_per_node=gpus,
