@@ -41,10 +41,13 @@ class Extraction:
     reason: str | None = None
 
 
+MAX_BOXES = 20  # that are read together
+
 _STRICT_TAGS = "</think> <answer>"
 _LOOSE_TAGS = re.compile(r"</think>\s*<answer>")
 _BOX = re.compile(r"\\boxed\s*\{")
 _ANY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+_BOX_COMMANDS = ("\\boxed", "\\fbox", "\\framebox")
 _TOKEN_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
 _CONNECTOR = re.compile(r"(?:[\s,;.$&]|\\[,;!]|\\q?quad|\\\\|\\text\{\s*(?:and|or)\s*\}|and\b|or\b)*")
 
@@ -91,8 +94,8 @@ def _from_box(response: str) -> Extraction:
 def adjacent_boxes(response: str) -> tuple[str, ...]:
     r"""The last boxes joined by commas if nothing but connectors stands between them (`\boxed{1}, \boxed{2}`)."""
     spans: list[tuple[int, int, str]] = []
-    position = 0
-    for match in _BOX.finditer(response):
+    position = _tail_start(response)
+    for match in _BOX.finditer(response, position):
         if match.start() < position:
             continue
         end = _group_end(response, match.end() - 1)
@@ -102,10 +105,21 @@ def adjacent_boxes(response: str) -> tuple[str, ...]:
         position = end
     run = spans[-1:]
     for earlier in reversed(spans[:-1]):
-        if len(run) > 20 or not _CONNECTOR.fullmatch(response, earlier[1], run[0][0]):
+        if not _CONNECTOR.fullmatch(response, earlier[1], run[0][0]):
             break
         run.insert(0, earlier)
     return (", ".join(content for _, _, content in run),) if len(run) > 1 else ()
+
+
+def _tail_start(response: str) -> int:
+    """Where the last MAX_BOXES boxes begin."""
+    start = len(response)
+    for _ in range(MAX_BOXES):
+        earlier = response.rfind("\\boxed", 0, start)
+        if earlier < 0:
+            break
+        start = earlier
+    return start
 
 
 def _from_tags(response: str, allow_whitespace: bool) -> Extraction:
@@ -121,16 +135,9 @@ def _from_tags(response: str, allow_whitespace: bool) -> Extraction:
 
 
 def _auto(response: str) -> Extraction:
-    boxes = list(_ANY_BOX.finditer(response))
-    if boxes:
-        end = _group_end(response, boxes[-1].end() - 1)
-        if end is None:
-            return Extraction(None, reason="the last box is not closed")
-        return Extraction(response[boxes[-1].end() : end - 1], adjacent_boxes(response))
-    if bare := list(_TOKEN_BOX.finditer(response)):
-        return Extraction(bare[-1].group(1).rstrip(".,"))
-    if "\\boxed" in response or "\\fbox" in response:
-        return Extraction(None, reason="a \\boxed without its content")
+    start = max(response.rfind(box) for box in _BOX_COMMANDS)
+    if start >= 0:
+        return _from_any_box(response, start)
     if "<answer>" in response and "</answer>" in response:
         answer = response.rpartition("<answer>")[2].partition("</answer>")[0]
         return Extraction(answer, final_answer(answer))
@@ -138,3 +145,15 @@ def _auto(response: str) -> Extraction:
     if not spans:
         return Extraction(None, reason="no answer in the response")
     return Extraction(spans[0], spans[1:])
+
+
+def _from_any_box(response: str, start: int) -> Extraction:
+    """The box that begins at `start`: a brace group, or a single token as TeX allows."""
+    if match := _ANY_BOX.match(response, start):
+        end = _group_end(response, match.end() - 1)
+        if end is None:
+            return Extraction(None, reason="the last box is not closed")
+        return Extraction(response[match.end() : end - 1], adjacent_boxes(response))
+    if match := _TOKEN_BOX.match(response, start):
+        return Extraction(match.group(1).rstrip(".,"))
+    return Extraction(None, reason="a box without its content")

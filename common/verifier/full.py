@@ -1,7 +1,7 @@
 r"""Level `full`: a second opinion by Math-Verify, where the own parser cannot read one of the sides.
 
 Invariant: it only ever adds `correct` verdicts on answers that the own parser does not understand, so hedges,
-brackets and units that the own rules refuse stay refused. Its alarms are switched off (they raise off the main thread
+brackets and units that the own rules refuse stay refused (it strips units and merges lists). Its alarms are switched off (they raise off the main thread
 and do not interrupt big integers); instead the input is short and holds no power towers, factorials or names, and in a
 pool the process itself is killed at the deadline. Only its LaTeX grammar is used: its plain-text path hands text to
 `sympy.parse_expr`, which evaluates Python.
@@ -20,7 +20,7 @@ MAX_CHARS = 128  # as in the paper's `is_latex_equal`
 _UNSAFE = re.compile(
     r"[!`\"_]{2}|__|\^\s*\{?[^{}]*\^|\d{12}|!|\\(?:sum|prod|int|lim|binom|input|write)|\d[eE]\d|\*\*"
 )
-_HEDGED = re.compile(r"\b(?:or|and)\b|\\l?or\b|\\land\b|[;|]")
+_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\\(?:text|mathrm|mbox|lor|land|quad)|[;|]")
 _STRUCTURE = re.compile(r"[(),\[\]]|\\[{}]|\\c[au]p|[<>=]|\\[lg]e|\\in\b|\\pm|\\begin|_")
 
 
@@ -37,10 +37,7 @@ def math_verify_equal(response: Reading, gold: Reading) -> bool:
 
 def _askable(text: str) -> bool:
     return (
-        0 < len(text) <= MAX_CHARS
-        and text.isascii()
-        and not _UNSAFE.search(text)
-        and not _HEDGED.search(text)
+        0 < len(text) <= MAX_CHARS and text.isascii() and not _UNSAFE.search(text) and not _WORDS.search(text)
     )
 
 

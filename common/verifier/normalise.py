@@ -63,7 +63,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _SUPER_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _SUB_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_TAIL = re.compile(r"(?:[\s.。,;:]|\\(?![a-zA-Z{}|%]))+$")
+_TAIL = " \t.。,;:\\"
 _TEXTUAL = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox|bm|boldsymbol|operatorname\*?|emph|textnormal|mathnormal)\s*\{([^{}]*)\}"
 )
@@ -100,14 +100,15 @@ def normalise(answer: str) -> str:
         text = _DOUBLED.sub(r"\\", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return _TAIL.sub("", text).strip()
+    return text.rstrip(_TAIL).strip()
 
 
 def text_key(normalised: str) -> str:
     """The answer as bare words, for answers that are words: no font commands, case or punctuation."""
-    previous = None
-    while previous != normalised:
+    for _ in range(8):  # text inside text
         previous, normalised = normalised, _TEXTUAL.sub(r" \1 ", normalised)
+        if previous == normalised:
+            break
     words = _NOT_WORD.sub(" ", normalised).strip().casefold()
     if words.startswith(("an ", "a ", "the ")) and len(words) > 5:
         words = words.split(" ", 1)[1]
