@@ -43,7 +43,7 @@ from common.model_files import require_tokenizer
 from common.recipe import Recipe
 from common.tasks.templates import get_template
 from common.telemetry import Telemetry
-from common.verifier.pool import VerifierPool
+from common.verifier import VerifierPool
 from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError
 
 log = logging.getLogger("slipstream.actor")

@@ -7,7 +7,7 @@ reward 0, unseen by the verifier (paper section 3.4); a verifier that fails yiel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from actors.engine import Sample
@@ -22,10 +22,10 @@ class Score(NamedTuple):
 
 
 class Grader(Protocol):
-    """What scores a response: `common.verifier.pool.VerifierPool`."""
+    """What scores a response: `common.verifier.VerifierPool`."""
 
-    async def grade(self, response: str, question: dict[str, Any]) -> Any:
-        """A `common.verifier.verdict.Verdict`."""
+    async def grade(self, response: str, question: Mapping[str, Any]) -> Any:
+        """A `common.verifier.Verdict`."""
 
 
 TRUNCATED = Score("truncated", 0.0)
@@ -38,11 +38,11 @@ class Scorer:
         self._grader = grader
         self.waiting = 0
 
-    async def score(self, question: dict[str, Any], samples: Sequence[Sample]) -> list[Score]:
+    async def score(self, question: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
         """Scores of all samples of a question, in order."""
         return list(await asyncio.gather(*(self._one(question, sample) for sample in samples)))
 
-    async def _one(self, question: dict[str, Any], sample: Sample) -> Score:
+    async def _one(self, question: Mapping[str, Any], sample: Sample) -> Score:
         if sample.finish == "length":
             return TRUNCATED
         self.waiting += 1
