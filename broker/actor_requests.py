@@ -98,8 +98,10 @@ class ActorRequests:
         )
         if job is None and not groups:
             return False
+        state.changed |= job is not None
         if groups and state.first_lease_time is None:
             state.first_lease_time = time.time()
+            state.changed = True
         self._send_grant(waiting.origin, groups, job)
         return True
 
@@ -198,6 +200,7 @@ class ActorRequests:
         if entry is None:
             self._outbox.reply(origin, Ack(status="duplicate"))
             return
+        state.changed = True
         state.spool.append("eval", message.version, {k: v for k, v in entry.items() if k != "version"})
         self._outbox.reply(origin, Ack(status="accepted"), durable=True)
 

@@ -60,6 +60,7 @@ class LearnerRequests:
         self._starved_since = None
         if state.ledger.era != era:
             state.weights = None
+            state.changed = True
             state.evaluations.rewind(message.version)
             state.evaluations.at(message.version, final=state.ledger.finished)
             state.event(
@@ -78,6 +79,7 @@ class LearnerRequests:
                 "stale", f"weights of era {message.weights.era}; this is era {self._state.ledger.era}"
             )
         self._state.weights = message.weights
+        self._state.changed = True
         self._outbox.reply(origin, Ack(), durable=True)
 
     # --- a step ----------------------------------------------------------------------------------------------
@@ -182,6 +184,7 @@ class LearnerRequests:
 
     def _log_step(self, message: Commit, groups: Sequence[Group]) -> None:
         state = self._state
+        state.changed = True
         state.last_commit_time = time.time()
         filtered = sum(group.state == State.FILTERED for group in groups)
         state.last_train = {"step": message.step, **message.metrics}
@@ -214,5 +217,6 @@ class LearnerRequests:
         if message.step > state.ledger.step:
             raise LedgerError("conflict", f"step {message.step} is not committed yet")
         state.pinned = {"step": message.step, "path": message.path}
+        state.changed = True
         state.store.pin(message.step, state.ledger)
         self._outbox.reply(origin, Ack(), durable=True)

@@ -464,7 +464,8 @@ class Ledger:
         by_deadline = sorted(self._ready.values(), key=lambda group: (self._deadline(group), group.order))
         chosen = by_deadline[:wanted]
         left = self._due - Counter(self._deadline(group) for group in chosen)
-        return chosen if staleness.leaves_feasible(left, self.next_step, wanted) else None
+        in_flight = Counter(self._deadline(group) for group in self._leased.values())
+        return chosen if staleness.leaves_feasible(left, in_flight, self.next_step, wanted) else None
 
     def missing(self) -> tuple[int, list[Group]]:
         """What `next_step` waits for: groups still lacking, and leases that must not be overtaken."""

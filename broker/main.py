@@ -6,25 +6,30 @@ another broker serves.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import json
 import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from broker.journal import Journal
 from broker.metrics_page import MetricsPage
-from broker.run_folder import Claim
+from broker.run_folder import JOURNAL_FOLDER, Claim
 from broker.server import Server, open_socket
 from broker.service import Service
-from broker.state import RunState, load_held_out, load_training_set
+from broker.state import RunState, load_held_out, load_training_set, rules_of
 from broker.status import snapshot
 from broker.store import MemoryStore
 from common.errors import UserError
 from common.keys import apply_server
+from common.messages import EvalQuestion
 from common.recipe.schema import Recipe
 
 log = logging.getLogger("slipstream.broker")
@@ -45,6 +50,8 @@ def serve(
         UserError: keys, port, folder or question sets are not usable; names the setting.
     """
     check_bind(recipe)
+    if resume and recipe.broker.durability == "memory":
+        raise UserError("'memory' keeps nothing that --resume could continue.", setting="broker.durability")
     stop = stop_event or _stop_on_signals()
     questions, held_out = load_training_set(recipe), load_held_out(recipe)
     claim = Claim(run_folder, resume=resume)
@@ -72,9 +79,35 @@ def serve(
         claim.release()
 
 
-def open_run(recipe: Recipe, folder: Path, questions: Any, held_out: Any) -> RunState:
-    """The state of the run in `folder`: restored from its journal, or new."""
-    return RunState(recipe, folder, questions, held_out, MemoryStore())
+def open_run(
+    recipe: Recipe, folder: Path, questions: Sequence[dict[str, Any]], held_out: Sequence[EvalQuestion]
+) -> RunState:
+    """The state of the run in `folder`: restored from its journal, or new.
+
+    Raises:
+        UserError: the journal belongs to a run with other questions, seed or batch.
+    """
+    if recipe.broker.durability == "memory":
+        return RunState(recipe, folder, questions, held_out, MemoryStore())
+    journal = Journal(folder / JOURNAL_FOLDER, fsync=recipe.broker.fsync, record=recipe.broker.record)
+    journal.identify(identity(recipe, questions))
+    ledger = journal.load(rules_of(recipe, len(questions)))
+    state = RunState(recipe, folder, questions, held_out, journal, ledger)
+    if ledger is not None:
+        ledger.restart_clocks(time.monotonic())
+        state.restore(journal.meta("extra"))
+    return state
+
+
+def identity(recipe: Recipe, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Settings that may not change within a run: they say which question is which, and what a step is."""
+    digest = hashlib.sha256(json.dumps([[row["problem"], str(row["answer"])] for row in questions]).encode())
+    return {
+        "run.seed": recipe.run.seed,
+        "data.train": f"{len(questions)} questions, sha256 {digest.hexdigest()[:16]}",
+        "batch.questions_per_step": recipe.batch.questions_per_step,
+        "rollout.group_size": recipe.rollout.group_size,
+    }
 
 
 def _serve(state: RunState, socket: Any, stop: threading.Event, page: MetricsPage) -> int:

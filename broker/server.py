@@ -107,7 +107,7 @@ class Server:
         if state.disk_full and now < self._next_save:
             return
         try:
-            state.store.save(state.ledger, state.extra)
+            state.save()
         except StoreFull as error:
             self._next_save = now + RETRY_FULL_S
             if state.disk_full is None:

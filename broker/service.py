@@ -194,6 +194,7 @@ class Service:
             self._remove(known, "restarted", "came back as another process", now)
         if hello.tokenizer is not None and state.tokenizer is None:
             state.tokenizer = hello.tokenizer
+            state.changed = True
         was_in = state.members.alive(hello.peer)
         peer = state.members.join(origin.connection, hello, now)
         if not was_in and peer.role != "observer":

@@ -60,17 +60,24 @@ def room(
     return max(0, free or 0)
 
 
-def leaves_feasible(remaining: Mapping[int, int], next_step: int, groups_per_step: int) -> bool:
-    """Whether groups that stay behind after `next_step` is taken can all meet their deadlines later.
+def leaves_feasible(
+    remaining: Mapping[int, int], in_flight: Mapping[int, int], next_step: int, groups_per_step: int
+) -> bool:
+    """Whether `next_step` may be taken now: what stays behind can still meet its deadlines.
+
+    Waiting helps only while something due is in flight, so a shortage among groups that have all arrived (after a
+    restart with a tighter bound) does not hold a step up; the sweep will expire what cannot be used.
 
     Args:
         remaining: groups left waiting, counted by deadline.
+        in_flight: those of them that have not arrived, counted by deadline.
         next_step: the step about to be taken; later steps are the ones left to them.
         groups_per_step: Q.
     """
-    due = 0
+    due = awaited = 0
     for when in sorted(remaining):
         due += remaining[when]
-        if due > max(0, when - next_step) * groups_per_step:
+        awaited += in_flight.get(when, 0)
+        if awaited and due > max(0, when - next_step) * groups_per_step:
             return False
     return True

@@ -128,6 +128,12 @@ class RunState:
         self.last_commit_time: float | None = None
         self.ending: str | None = None  # why the run ends, once it does
         self.disk_full: str | None = None
+        self.changed = True  # `extra` has changed since it was saved
+
+    def save(self) -> None:
+        """Make everything so far durable. Raises StoreFull."""
+        self.store.save(self.ledger, self.extra if self.changed else None)
+        self.changed = False
 
     def event(self, text: str, *, warning: bool = False) -> None:
         """Something a person may want to know: kept for `status`, and a point of the run's metrics."""

@@ -46,8 +46,13 @@ class Store(Protocol):
     def pin(self, step: int, ledger: Ledger) -> None:
         """History before `step` is final: what was consumed before it may go."""
 
-    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]]) -> None:
-        """Make everything so far durable. Raises StoreFull; calling again later tries again."""
+    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]] | None) -> None:
+        """Make everything so far durable. Raises StoreFull; calling again later tries again.
+
+        Args:
+            ledger: its dirty and discarded groups are saved and cleared.
+            extra: gives what else the run keeps, where that has changed since the last save; else None.
+        """
 
     def close(self) -> None:
         """Release files."""
@@ -64,7 +69,7 @@ class MemoryStore:
         """Keep a group."""
         self._drop([key])
         self._entries[key] = entry
-        self.bytes_held += _size(entry)
+        self.bytes_held += entry_size(entry)
 
     def get(self, key: GroupId) -> Entry | None:
         """A group as published, or None."""
@@ -82,12 +87,12 @@ class MemoryStore:
         for key in keys:
             entry = self._entries.pop(key, None)
             if entry is not None:
-                self.bytes_held -= _size(entry)
+                self.bytes_held -= entry_size(entry)
 
     def pin(self, step: int, ledger: Ledger) -> None:
         """Nothing to prune."""
 
-    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]]) -> None:
+    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]] | None) -> None:
         """Forget what the ledger discarded; nothing is durable."""
         self._drop(ledger.discarded)
         ledger.discarded.clear()
@@ -97,5 +102,6 @@ class MemoryStore:
         """Nothing to close."""
 
 
-def _size(entry: Entry) -> int:
+def entry_size(entry: Entry) -> int:
+    """Bytes of a header and its payload."""
     return len(entry.header) + sum(len(part) for part in entry.payload)

@@ -31,10 +31,16 @@ def ask_status(address: str) -> dict:
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_a_run_trains_on_each_question_once(tmp_path: Path, staleness: int, prefetch: bool) -> None:
+@pytest.mark.parametrize(("prefetch", "durability"), [(False, "journal"), (True, "memory")])
+def test_a_run_trains_on_each_question_once(
+    tmp_path: Path, staleness: int, prefetch: bool, durability: str
+) -> None:
     recipe = scripted_recipe(
-        tmp_path, run={"steps": 10}, data={"count": 40}, batch={"max_staleness": staleness}
+        tmp_path,
+        run={"steps": 10},
+        data={"count": 40},
+        batch={"max_staleness": staleness},
+        broker={"durability": durability},
     )
     with running_broker(recipe) as address:
         actors = [ScriptedActor(address, f"actor-{i}", seed=i, group_s=0.002) for i in range(3)]
