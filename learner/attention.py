@@ -12,8 +12,9 @@ causal mask no real token sees the padding behind it, so that this is exact and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,8 @@ def packed_attention(
     dropout: float = 0.0,
     segments: Segments | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in the form that transformers' AttentionInterface calls.
@@ -114,8 +117,8 @@ def packed_attention(
         ([1, S, query heads, head size], None).
 
     Raises:
-        ValueError: no segments, several rows, segments that do not fill the row, or a sliding window shorter
-            than the longest segment.
+        ValueError: no segments, several rows, segments that do not fill the row, or a form of attention that this
+            is not: a sliding window shorter than the longest segment, soft-capped scores, attention sinks.
     """
     if segments is None or query.shape[0] != 1 or query.shape[2] != segments.total:
         raise ValueError("packed attention needs one row and `segments` whose lengths sum to its width")
@@ -123,22 +126,42 @@ def packed_attention(
         raise ValueError(
             f"sliding window {sliding_window} is shorter than a sample of {segments.longest} tokens"
         )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
-        return _variable_length(query, key, value, segments, scaling), None
+    if softcap is not None or s_aux is not None:
+        raise ValueError("packed attention has neither soft-capped scores nor attention sinks")
+    kernel = _flash_kernel(query.device) if query.is_cuda else None
+    if kernel and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        return _variable_length(kernel, query, key, value, segments, scaling), None
     return _rectangular(query, key, value, segments, scaling, dropout), None
 
 
-def _variable_length(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # present in CUDA builds only where flash attention is
+@cache
+def _flash_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """torch's variable-length attention, where this build and this GPU (Ampere or later) have it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    fits = {"window_size", "enable_gqa", "scale"} <= known.keys()
+    return varlen_attn if fits and torch.cuda.get_device_capability(device) >= (8, 0) else None
 
+
+def _variable_length(
+    kernel: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+) -> Tensor:
+    # [1, heads, S, size] -> [S, heads, size]
     rows = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     bounds, longest = segments.bounds, segments.longest
-    return varlen_attn(
-        *rows, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )[None]  # fmt: skip
+    grouped = query.shape[1] != key.shape[1]
+    causal = (-1, 0)  # any number of keys to the left, none to the right
+    return kernel(
+        *rows, bounds, bounds, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped
+    )[None]
 
 
 def _rectangular(

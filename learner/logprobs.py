@@ -191,11 +191,13 @@ class PolicyModel(nn.Module):
         chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
-        UserError: the output head is no plain linear layer (an adapter was put on it, say).
+        UserError: the model is built otherwise, scales or caps its logits, or its output head is no plain linear
+            layer (an adapter was put on it, say).
     """
 
     def __init__(self, lm: nn.Module, *, value_head: bool = False, chunk_tokens: int = CHUNK_TOKENS) -> None:
         super().__init__()
+        _check_built_as_expected(lm)
         lm.set_attn_implementation(attention.register())
         if not isinstance(lm.lm_head, nn.Linear):
             kind = type(lm.lm_head).__name__
@@ -228,6 +230,19 @@ class PolicyModel(nn.Module):
         logp, entropy = self.lm.lm_head(states, batch.targets, temperature)
         values = None if self.value_head is None else self.value_head(states).squeeze(-1).float()
         return logp, entropy, values
+
+
+def _check_built_as_expected(lm: nn.Module) -> None:
+    name = type(lm).__name__
+    if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
+        raise UserError(
+            f"{name} is not built like Qwen2 or Llama (.model and .lm_head)", setting="model.path"
+        )
+    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(lm.config, attribute, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"{name} changes its logits ({attribute}), which is not supported", setting="model.path"
+            )
 
 
 def _zero_head(like: nn.Linear) -> nn.Linear:

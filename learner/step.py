@@ -144,7 +144,8 @@ class PolicyStep:
     def _step_limit(self, rows: Sequence[Row]) -> float | None:
         if not self._objective.needs_step_limit:
             return None
-        parts = [(row.tokens.prox_logp - row.tokens.behaviour_logp).cpu() for row in rows]
+        trained = [row.tokens.trained_only() for row in rows]
+        parts = [(tokens.prox_logp - tokens.behaviour_logp).cpu() for tokens in trained]
         return self._objective.step_limit(torch.cat(self._ranks.gather(torch.cat(parts))))
 
     # --- sums over ranks --------------------------------------------------------------------------------

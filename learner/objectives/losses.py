@@ -38,7 +38,7 @@ def ppo_clip(
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A), PPO (arXiv 1707.06347, eq. 7).
 
     low ≠ high is DAPO's clip-higher (arXiv 2503.14476). With `dual_clip` c > 1 the loss of a token with A < 0 is
-    at most −c A, which bounds what PPO leaves unbounded as ρ grows (arXiv 1912.09729, eq. 5; they use c = 3).
+    at most −c A, which bounds what PPO leaves unbounded as ρ grows (arXiv 1912.09729; they use c = 3).
 
     Args:
         log_ratio, advantages: [T].
@@ -56,7 +56,8 @@ def ppo_clip(
 def cispo(log_ratio: Tensor, advantages: Tensor, low: float, high: float, logp: Tensor) -> TokenLoss:
     """−sg(clip(ρ, 1 − low, 1 + high)) A log π: the weight is clipped, no token loses its gradient.
 
-    CISPO, arXiv 2506.13585, eq. 4. Bounds around 1 as in PPO would make it another method: the default is [0, 5].
+    CISPO, arXiv 2506.13585, eq. 4, which sets no lower bound either. Bounds around 1 as in PPO would make it another
+    method: the default is [0, 5].
     """
     ratio = bounded_exp(log_ratio.detach())
     weight = ratio.clamp(1 - low, 1 + high)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from learner.attention import Segments, group_by_length, packed_attention, register
+from learner.attention import Segments, _variable_length, group_by_length, packed_attention, register
 
 MODULE = nn.Module()
 
@@ -29,7 +29,7 @@ def random_heads(total, heads, generator):
     return torch.randn((1, heads, total, 8), dtype=torch.float64, generator=generator).requires_grad_()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, 9))
 def test_equals_each_segment_by_itself(lengths, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -76,6 +76,33 @@ def test_a_sliding_window_that_would_cut_a_sample_is_refused():
     with pytest.raises(ValueError, match="sliding window 3"):
         packed_attention(MODULE, heads, heads, heads, None, segments=Segments([5], "cpu"), sliding_window=3)
     packed_attention(MODULE, heads, heads, heads, None, segments=Segments([3, 2], "cpu"), sliding_window=3)
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
+def test_other_forms_of_attention_are_refused(extra):
+    heads = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="soft-capped"):
+        packed_attention(MODULE, heads, heads, heads, None, segments=Segments([5], "cpu"), **extra)
+
+
+def flash_like(query, key, value, bounds_q, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of varlen_attn, for causal windows, written out."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32
+    lengths = bounds_q.diff().tolist()
+    assert max(lengths) == max_q == max_k
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    return one_by_one(query, key, value, lengths, scale)[0]
+
+
+def test_what_the_flash_kernel_is_handed():
+    lengths, generator = [3, 9, 1], torch.Generator().manual_seed(0)
+    query, key = random_heads(13, 4, generator), random_heads(13, 2, generator)
+    segments = Segments(lengths, "cpu")
+    got = _variable_length(flash_like, query, key, key, segments, 0.3)
+    expected, _ = packed_attention(MODULE, query, key, key, None, scaling=0.3, segments=segments)
+    torch.testing.assert_close(got, expected)
 
 
 def test_registering_twice_is_harmless():

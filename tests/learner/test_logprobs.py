@@ -32,7 +32,7 @@ def random_head(tokens, width=5, vocabulary=11, bias=True, seed=0):
     return draw(tokens, width), draw(vocabulary, width), draw(vocabulary) if bias else None, targets
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(0, 9),
     chunk=st.integers(1, 12),
@@ -219,6 +219,15 @@ def test_a_head_that_is_not_linear_is_refused():
     lm.lm_head = nn.Sequential(lm.lm_head)
     with pytest.raises(UserError, match="lora.target_modules: the output head is a Sequential"):
         PolicyModel(lm)
+
+
+def test_a_model_that_changes_its_logits_is_refused():
+    lm = tiny_lm("qwen2")
+    lm.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="model.path: Qwen2ForCausalLM changes its logits"):
+        PolicyModel(lm)
+    with pytest.raises(UserError, match="model.path: Linear is not built like Qwen2"):
+        PolicyModel(nn.Linear(2, 2))
 
 
 def test_the_chunk_of_the_policy_bounds_its_logits():

@@ -76,7 +76,7 @@ class Step:
         ).detach()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     name=st.sampled_from(NAMES),
