@@ -77,8 +77,9 @@ def _staleness(recipe: Recipe) -> str:
 
 def _objective(recipe: Recipe) -> str:
     algorithm = recipe.algorithm
-    parts = [algorithm.preset, f"anchor {algorithm.anchor}", f"correction {algorithm.correction}"]
-    chosen = {name: getattr(algorithm, name) for name in ("advantage", "loss", "aggregation")}
+    parts = [f"preset {algorithm.preset}"]
+    replaced = ("advantage", "loss", "anchor", "correction", "aggregation")
+    chosen = {name: getattr(algorithm, name) for name in replaced}
     parts += [f"{name} {value}" for name, value in chosen.items() if value]
     parts.append(f"KL {algorithm.kl_beta:g}" if algorithm.kl_beta else "no reference model")
     return ", ".join(parts)

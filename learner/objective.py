@@ -19,8 +19,8 @@ def objective_of(recipe: Recipe) -> Objective:
     chosen = {
         "advantage": settings.advantage,
         "loss": settings.loss,
-        "anchor": settings.anchor if "anchor" in settings.model_fields_set else None,
-        "correction": settings.correction if "correction" in settings.model_fields_set else None,
+        "anchor": settings.anchor,
+        "correction": settings.correction,
         "aggregation": settings.aggregation,
         "clip_low": settings.clip_low,
         "clip_high": settings.clip_high,
@@ -31,7 +31,9 @@ def objective_of(recipe: Recipe) -> Objective:
     return preset(
         settings.preset,
         normaliser=recipe.normaliser,
+        second_moment=settings.second_moment,
         kl_beta=settings.kl_beta,
+        kl_estimator=settings.kl_estimator,
         kl_in_reward=settings.kl_in_reward,
         gamma=settings.gamma,
         lam=settings.lam,

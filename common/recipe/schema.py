@@ -159,21 +159,35 @@ class BatchSection(Section):
 class AlgorithmSection(Section):
     """The objective: a preset, and settings that replace parts of it (docs/algorithms.md)."""
 
-    preset: Literal["dr_grpo", "grpo", "wo_len", "wo_std", "rloo", "ppo", "reinforce"] = Field(
-        "dr_grpo", description="Usual combination of the settings below."
-    )
+    preset: Literal[
+        "dr_grpo",
+        "grpo",
+        "wo_len",
+        "wo_std",
+        "rloo",
+        "ppo",
+        "reinforce",
+        "dr_grpo_dual_clip",
+        "dr_grpo_tis",
+        "dr_grpo_icepop",
+        "dr_grpo_sequence_mask",
+        "dr_grpo_geometric_mask",
+        "dr_grpo_m2po",
+        "dr_grpo_cispo",
+        "dr_grpo_gspo",
+    ] = Field("dr_grpo", description="Usual combination of the settings below.")
     advantage: Literal["dr_grpo", "grpo", "rloo", "gae", "none"] | None = Field(
         None, description="Replaces the preset's advantage."
     )
     loss: Literal["ppo_clip", "cispo", "gspo", "reinforce"] | None = Field(
         None, description="Replaces the preset's loss."
     )
-    anchor: Literal["behavior", "proximal"] = Field(
-        "behavior",
-        description="Ratio against the behaviour policy, or against the learner's policy at the start of the step.",
+    anchor: Literal["behavior", "proximal"] | None = Field(
+        None,
+        description="Replaces the preset's anchor: ratio against the behaviour policy, or against the learner's policy at the start of the step.",
     )
-    correction: Literal["none", "tis", "icepop", "sequence_mask", "geometric_mask", "m2po"] = Field(
-        "none", description="Correction for staleness and engine mismatch."
+    correction: Literal["none", "tis", "icepop", "sequence_mask", "geometric_mask", "m2po"] | None = Field(
+        None, description="Replaces the preset's correction for staleness and engine mismatch."
     )
     aggregation: Literal["constant", "response_mean", "token_mean"] | None = Field(
         None, description="Replaces the preset's aggregation."
@@ -197,10 +211,12 @@ class AlgorithmSection(Section):
     correction_floor: NonNegativeFloat | None = Field(
         None, description="Lower bound of the correction; default of the correction (icepop 0.5)."
     )
+    second_moment: PositiveFloat = Field(0.04, description="τ of the correction m2po (its paper: 0.04).")
     kl_beta: NonNegativeFloat = Field(
         0.0,
         description="Weight of the KL to the reference model in the loss (Table 6: 0; then no reference model is loaded).",
     )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL (GRPO: k3).")
     kl_in_reward: NonNegativeFloat = Field(
         0.0, description="Weight of the KL penalty in the reward (Table 6: 0)."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.recipe import load_recipe, resolved_toml
+from common.recipe.schema import AlgorithmSection
+from learner.objective import objective_of
 from learner.objectives import PRESETS, Objective, ResponseTokens, StepSize, TokenMetrics, preset
+from learner.objectives.aggregation import AGGREGATIONS
+from learner.objectives.corrections import CORRECTIONS
+from learner.objectives.kl import KL_ESTIMATORS
+from learner.objectives.losses import LOSSES
+from learner.objectives.objective import ADVANTAGES, ANCHORS
 from learner.packing import pack, plan_micro_batches
 
 NAMES = sorted(PRESETS)
@@ -251,6 +260,47 @@ def test_bad_settings_are_refused_by_name(settings, message):
 def test_unknown_preset_lists_the_valid_ones():
     with pytest.raises(UserError, match="dr_grpo, grpo, wo_len, wo_std, rloo, ppo, reinforce"):
         preset("drgrpo")
+
+
+@pytest.mark.parametrize(
+    ("setting", "valid"),
+    [
+        ("preset", tuple(PRESETS)),
+        ("advantage", ADVANTAGES),
+        ("loss", LOSSES),
+        ("anchor", ANCHORS),
+        ("correction", CORRECTIONS),
+        ("aggregation", AGGREGATIONS),
+        ("kl_estimator", KL_ESTIMATORS),
+    ],
+)
+def test_a_recipe_may_name_exactly_what_exists(setting, valid):
+    """The recipe cannot import torch, so it lists the names once more."""
+    annotation = AlgorithmSection.model_fields[setting].annotation
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    assert sorted(get_args(literals[0])) == sorted(valid)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_gets_the_preset_that_it_names_also_when_read_back(name, tmp_path):
+    path = tmp_path / "run.toml"
+    zero_variance = "train" if name == "ppo" else "count"
+    path.write_text(
+        f"""
+        [model]
+        path = "m"
+        [data]
+        train = "demo"
+        [algorithm]
+        preset = "{name}"
+        [batch]
+        zero_variance = "{zero_variance}"
+        """
+    )
+    recipe = load_recipe(path)
+    assert objective_of(recipe) == preset(name)
+    path.write_text(resolved_toml(recipe))
+    assert objective_of(load_recipe(path)) == preset(name)
 
 
 def test_tokens_move_as_a_whole():
