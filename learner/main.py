@@ -324,7 +324,7 @@ class Learner:
         return saved
 
     def _export(self, folder: Path) -> None:
-        export_model(self._engine, self._push.snapshot(self._engine), self._tokenizer, folder)
+        export_model(self._engine, self._push.whole_model(self._engine), self._tokenizer, folder)
 
     def _wait_for_the_end(self) -> str:
         """Serve the final weights until the last evaluation is in: the broker says when."""

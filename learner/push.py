@@ -67,14 +67,9 @@ class WeightPush:
         address = self._publisher.address
         return WeightsAddress(address=address, token=address.rsplit("/", 1)[-1], era=era)
 
-    def snapshot(self, engine: Engine) -> Snapshot | None:
-        """A frozen copy of the policy in the engine's dtype; collective, None on all ranks but 0."""
-        return take_snapshot(
-            engine.deepspeed,
-            dtype=DTYPES[self._recipe.model.dtype],
-            bucket_bytes=self._recipe.weights.bucket_mb * MIB,
-            device=self._device,
-        )
+    def whole_model(self, engine: Engine) -> Snapshot | None:
+        """A copy of the policy in host memory, adapters merged; collective, None on all ranks but 0."""
+        return take_snapshot(engine.deepspeed, dtype=DTYPES[self._recipe.model.dtype])
 
     def publish(self, engine: Engine, version: int) -> None:
         """Offer the policy as it is now as `version`; collective.
@@ -82,7 +77,14 @@ class WeightPush:
         Raises:
             RunFailedError: an actor holds weights that differ from what was sent.
         """
-        snapshot = self.snapshot(engine)
+        lora = self._recipe.lora
+        snapshot = take_snapshot(
+            engine.deepspeed,
+            dtype=DTYPES[self._recipe.model.dtype],
+            bucket_bytes=self._recipe.weights.bucket_mb * MIB,
+            device=self._device,
+            adapters_only=lora is not None and lora.push == "adapter",
+        )
         if self._publisher is not None and snapshot is not None:
             self._publisher.publish(version, snapshot)
 

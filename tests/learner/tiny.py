@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from common.messages import Batch, GroupHeader, GroupId, ResponseHeader
 from common.recipe.schema import Recipe
 
 VOCABULARY = 64
@@ -59,3 +61,44 @@ def tiny_recipe(model: Path | str = "absent", **sections: dict[str, Any]) -> Rec
     for name, values in sections.items():
         tree.setdefault(name, {}).update(values)
     return Recipe.model_validate(tree)
+
+
+def made_up_batch(
+    rewards: list[list[float]],
+    *,
+    step: int = 0,
+    version: int | None = None,
+    seed: int = 0,
+    longest: int = 24,
+    truncated: tuple[int, ...] = (),
+) -> tuple[Batch, dict[GroupId, list[bytes]]]:
+    """A batch with one group per row of `rewards`, and its payloads.
+
+    Prompts have 3 to 8 tokens, responses 1 to `longest`; behaviour log-probabilities are those of no policy in
+    particular. Responses whose number is in `truncated` have hit the budget.
+    """
+    rng = np.random.default_rng(seed)
+    headers, payloads = [], {}
+    for index, row in enumerate(rewards):
+        group = GroupId(0, index)
+        prompt = rng.integers(2, VOCABULARY, rng.integers(3, 9), dtype=np.int32)
+        lengths = rng.integers(1, longest, len(row), endpoint=True)
+        ids = rng.integers(2, VOCABULARY, lengths.sum(), dtype=np.int32)
+        logprobs = -4.0 + rng.standard_normal(len(ids)).astype(np.float32)
+        responses = [
+            ResponseHeader(
+                tokens=int(tokens),
+                reward=float(reward),
+                verdict="correct" if reward > 0 else "wrong",
+                finish="length" if index * len(row) + number in truncated else "stop",
+                versions=[(step if version is None else version, int(tokens))],
+            )
+            for number, (tokens, reward) in enumerate(zip(lengths, row, strict=True))
+        ]
+        headers.append(
+            GroupHeader(
+                group=group, lease=1, era=1, actor="a", prompt_tokens=len(prompt), responses=responses
+            )
+        )
+        payloads[group] = [prompt.tobytes(), ids.tobytes(), logprobs.tobytes()]
+    return Batch(step=step, ready=True, groups=headers, scheduled=len(rewards)), payloads
