@@ -137,7 +137,9 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """Run a client command; returns its output, empty when it failed."""
         environment = {**os.environ, "SLURM_CONF": str(self.conf)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=30, check=False
+        )
         return done.stdout if done.returncode == 0 else ""
 
     def requeue(self, label: str) -> None:
