@@ -112,10 +112,17 @@ def _save(
         tokenizer.save_pretrained(staging)
         (staging / "pretrain.toml").write_text(resolved_toml(recipe), encoding="utf-8")
         (staging / "probe.json").write_text(_probe_json(recipe, report), encoding="utf-8")
-        staging.chmod(0o755)
+        _make_readable(staging)
         _swap(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Temporary folders and safetensors files start private to their owner."""
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 def _swap(staging: Path, out: Path) -> None:

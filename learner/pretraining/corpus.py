@@ -72,6 +72,11 @@ class _Writer:
         lines = [line for _ in range(_WORKINGS_PER_TEXT) for line in self._exercise().work().lines]
         return Document("", "\n".join(lines) + END_OF_TEXT)
 
+    def _drill(self) -> Document:
+        """One line of a right working; only its result counts fully in the loss."""
+        left, _, result = self._rng.choice(self._exercise().work().lines).partition("=")
+        return Document(f"{left}=", result + END_OF_TEXT)
+
     def _attempt(self, exercise: Exercise) -> Working:
         """Right, by a misconception, or guessed, as the recipe's flaws say."""
         if not self._item.flawed:

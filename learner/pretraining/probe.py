@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Qwen2Tokenizer
 
 from common.tasks.minimath import Question
 from common.tasks.templates import Template
+from common.verifier import Outcome, grade
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def sample_responses(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """Token ids [len(prompts) * samples, <= max_tokens], padded after the end token; temperature 0 is greedy."""
-    encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    # Not padding=True: that would stay set in the tokenizer and be saved with it.
+    encoded = tokenizer.pad(tokenizer(prompts), padding_side="left", return_tensors="pt")
     output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
@@ -101,15 +103,5 @@ def _graded(question: Question, row: list[int], tokenizer: Qwen2Tokenizer, templ
     finished = tokenizer.eos_token_id in row
     tokens = row.index(tokenizer.eos_token_id) if finished else len(row)
     text = tokenizer.decode(row[:tokens])
-    correct = finished and _matches(text, question, template)
-    return Sample(question, text, tokens + finished, finished, correct)
-
-
-def _matches(text: str, question: Question, template: Template) -> bool:
-    import re
-
-    hits = re.findall(
-        r"\\boxed\{([^{}]*)\}" if template.extraction == "boxed" else r"<answer>(.*?)</answer>", text
-    )
-    gold = question.answer if isinstance(question.answer, list) else [question.answer]
-    return bool(hits) and hits[-1].strip() in gold
+    verdict = grade(text, question.answer, template=template.extraction).verdict
+    return Sample(question, text, tokens + finished, finished, finished and verdict is Outcome.CORRECT)

@@ -64,10 +64,11 @@ class TokenizerSection(_Section):
 class MixtureItem(_Section):
     """One kind of document and its share of the corpus."""
 
-    kind: Literal["qa", "reflection", "exercises", "facts"] = Field(
+    kind: Literal["qa", "reflection", "exercises", "facts", "drill"] = Field(
         "qa",
         description="qa: question, working, answer. reflection: a first working, a second thought, a second "
-        "working. exercises: a list of questions without answers. facts: running lines of right workings.",
+        "working. exercises: a list of questions without answers. facts: running lines of right workings. "
+        "drill: one line of a right working.",
     )
     weight: PositiveFloat = Field(1.0, description="Relative number of documents.")
     template: str = Field("no", description="Template name or a string with {question} (qa and reflection).")

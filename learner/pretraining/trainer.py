@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from common.errors import UserError
@@ -103,7 +103,7 @@ def _loss(model: Qwen2ForCausalLM, batch: Batch, dtype: torch.dtype) -> torch.Te
         output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     targets, weights = batch.input_ids[:, 1:].reshape(-1), batch.weights[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(-1, output.logits.shape[-1]).float()
-    losses = F.cross_entropy(logits, targets, reduction="none")
+    losses = cross_entropy(logits, targets, reduction="none")
     return (losses * weights).sum() / weights.sum().clamp(min=1.0)
 
 

@@ -148,6 +148,9 @@ def test_other_kinds_of_text() -> None:
     assert all(doc.response.count("\n") >= 1 and "boxed" not in doc.response for doc in lists)
     facts = take(recipe_of(mixture=[{"kind": "facts", "families": ["arithmetic"], "levels": [1]}]), 20)
     assert all(re.fullmatch(r"(\d+[-+*]\d+=\d+\n?){5}<\|endoftext\|>", doc.response) for doc in facts)
+    drills = take(recipe_of(mixture=[{"kind": "drill", "families": ["arithmetic"]}]), 20)
+    assert all(re.fullmatch(r"-?\d+[-+*]\d+=", doc.prompt) for doc in drills)
+    assert all(re.fullmatch(r"-?\d+<\|endoftext\|>", doc.response) for doc in drills)
     reflections = take(recipe_of(mixture=[{"kind": "reflection"}]), 20)
     assert all(re.search(r"recheck|check again|rethink", doc.response) for doc in reflections)
 

@@ -13,7 +13,7 @@ from common.tasks.minimath.exercise import Exercise, Number, Scratchpad, simplif
 
 
 def level1(rng: random.Random) -> Exercise:
-    n = rng.randint(3, 19)
+    n = rng.randint(3, 12)
     a, b = rng.randint(1, n - 1), rng.randint(1, n - 1)
     return Exercise(
         f"{a}/{n}+{b}/{n}=?",

@@ -19,7 +19,7 @@ def level1(rng: random.Random) -> Exercise:
 
 
 def level2(rng: random.Random) -> Exercise:
-    base, height = rng.randint(2, 40), 2 * rng.randint(1, 9)
+    base, height = rng.randint(2, 40), 2 * rng.randint(1, 5)
     return Exercise(
         f"Triangle base {base}, height {height}. Area?",
         right=lambda s: s.div(s.mul(base, height), 2),
