@@ -21,6 +21,10 @@ from common.weights.protocol import push_deadline
 
 ACCEPT_SHARE = 1 / 3  # of the deadline: an offer is answered before anything is moved, so it may take less
 
+# How long a link that the learner serves counts against the degree. A frozen one must not hold up others until
+# its deadline, so after this time it is served beside the others.
+PATIENCE_S, BRISK_BYTES_PER_S = 1.0, 500e6
+
 
 class State(Enum):
     """Where a link stands with its current push."""
@@ -46,6 +50,7 @@ class Link:
     push: int | None = None  # under way
     done_push: int | None = None  # the last one committed, or refused
     parent: str | None = None
+    since: float = 0.0  # of the current offer
     deadline: float = float("inf")
 
 
@@ -118,7 +123,7 @@ class Dispatcher:
     """Links, their states and the newest version.
 
     Args:
-        degree: children that the learner, and each relay, serves.
+        degree: links that the learner, and each relay, serves at a time.
         deadline_s: longest single wait.
         relays: whether receivers pass versions on (routes over groups only).
     """
@@ -291,11 +296,14 @@ class Dispatcher:
             return
         newest = self.latest.number
         behind = [x for x in self.links.values() if x.state is State.IDLE and x.done_push != newest]
-        if not behind:
+        roots = self._free_slots(now) if self.relays else len(behind)
+        if not behind or not roots:
             return
         endpoints = [Endpoint(link.name, link.node) for link in behind]
         parents = (
-            plan_tree(endpoints, self.degree) if self.relays else dict.fromkeys(e.name for e in endpoints)
+            plan_tree(endpoints, self.degree, roots)
+            if self.relays
+            else dict.fromkeys(e.name for e in endpoints)
         )
         for name, parent in parents.items():
             link = self.links[name]
@@ -304,9 +312,19 @@ class Dispatcher:
             if parent is None:
                 self._offer(self.links[name], None, now)
 
+    def _free_slots(self, now: float) -> int:
+        """Links that the learner may take on now; who is served slowly gathers into the next tree meanwhile."""
+        return self.degree - sum(self._counts_against_degree(link, now) for link in self.links.values())
+
+    def _counts_against_degree(self, link: Link, now: float) -> bool:
+        if link.parent is not None or link.state not in (State.OFFERED, State.RECEIVING):
+            return False
+        assert link.push is not None
+        return now - link.since < PATIENCE_S + self.pushes[link.push].nbytes / BRISK_BYTES_PER_S
+
     def _offer(self, link: Link, parent: str | None, now: float) -> None:
         assert link.push is not None
-        link.state, link.parent = State.OFFERED, parent
+        link.state, link.parent, link.since = State.OFFERED, parent, now
         link.deadline = now + self.deadline_s * ACCEPT_SHARE
         children = tuple(child.name for child in self._children(link))
         self._actions.append(MakeOffer(link.name, link.push, parent, children))

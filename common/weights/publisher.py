@@ -182,11 +182,16 @@ class Publisher:
             }
 
     def close(self) -> None:
-        """Stops offering; receivers keep generating with what they have."""
+        """Stops offering; receivers are told, and keep generating with what they have."""
+        if self._closed.is_set():
+            return
         self._closed.set()
         self._to_prepare.put(None)
         for thread in self._threads:
             thread.join(timeout=1.0)
+        self._store.delete_key("open")
+        for name in self._dispatcher.links:
+            self._store.set(f"{name}/dropped", encode("the learner stopped serving weights"))
         for sender in self._senders.values():
             sender.close()
         self._source.close()

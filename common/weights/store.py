@@ -134,7 +134,8 @@ class StoreClient:
         prefixed = dist.PrefixStore(self.address.token, store)
         if not prefixed.check(["open"]):
             raise LinkError(
-                Cause.FOREIGN_RUN, f"run {run_id} on {where} has another token: its learner was restarted"
+                Cause.FOREIGN_RUN,
+                f"run {run_id} on {where} has another token: its learner stopped or restarted",
             )
         self.store = prefixed
 
