@@ -5,6 +5,9 @@ is without a deadline unless the caller asks for that, and then it says every fe
 Requests are idempotent, so a lost reply, a restarted broker or a reconnect are all cured the same way: say
 Hello again if the broker does not know us, and send the same request once more.
 
+A broker that comes back elsewhere (a requeued job, another free port) is followed: where a peer was given the
+file in which the broker announces itself, it looks there again whenever no answer comes.
+
 Frames: [header, *payload]; the header is `common.messages.encode`. Sockets have finite high-water marks and
 LINGER 0, so that a process can always leave.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import threading
 import time
@@ -32,6 +36,7 @@ log = logging.getLogger("slipstream.wire")
 HIGH_WATER_MARK = 1000
 ATTEMPT_S = 5.0
 NOTICE_S = 10.0
+ANNOUNCED = "file:"
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -55,9 +60,35 @@ class BrokerUnreachable(SlipstreamError):  # noqa: N818 - a state of the world, 
     """No answer from the broker within the caller's deadline."""
 
 
-def _open_socket(context: zmq.Context, address: str, keys: Path | None) -> Any:
-    if "://" not in address:
-        address = f"tcp://{address}"
+def from_file(path: Path) -> str:
+    """The address of a broker that announces itself in a file ({"address": "host:port"}), for `Client`."""
+    return f"{ANNOUNCED}{path.resolve()}"
+
+
+def _endpoint(address: str) -> str | None:
+    """The ZeroMQ endpoint of an address now; None while the file of a broker names none."""
+    if address.startswith(ANNOUNCED):
+        try:
+            path = Path(address.removeprefix(ANNOUNCED))
+            address = str(json.loads(path.read_text(encoding="utf-8"))["address"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    return address if "://" in address else f"tcp://{address}"
+
+
+def _follow(socket: Any, address: str, connected: str | None) -> str | None:
+    """Connect to where the broker is now; returns the endpoint that the socket is connected to."""
+    endpoint = _endpoint(address)
+    if endpoint is None or endpoint == connected:
+        return connected
+    if connected is not None:
+        log.warning("the broker has moved from %s to %s", connected, endpoint)
+        socket.disconnect(connected)
+    socket.connect(endpoint)
+    return endpoint
+
+
+def _open_socket(context: zmq.Context, address: str, keys: Path | None) -> tuple[Any, str | None]:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -68,11 +99,10 @@ def _open_socket(context: zmq.Context, address: str, keys: Path | None) -> Any:
     try:
         if keys is not None:
             curve.apply_client(socket, keys)
-        socket.connect(address)
+        return socket, _follow(socket, address, None)
     except zmq.ZMQError as error:
         socket.close()
         raise UserError(f"cannot connect to '{address}': {error}.", setting="--join") from None
-    return socket
 
 
 def _read(frames: list[zmq.Frame]) -> tuple[Message, int, list[memoryview]] | None:
@@ -108,7 +138,7 @@ class Client:
     """A blocking connection, for one request at a time; callers of several threads take turns.
 
     Args:
-        address: "host:port" or "tcp://host:port" of the broker.
+        address: "host:port" or "tcp://host:port" of the broker, or `from_file(path)` to follow it.
         hello: who we are; sent first, and again whenever the broker does not know us.
         keys: folder of CURVE keys, or None on loopback without keys.
     """
@@ -116,7 +146,7 @@ class Client:
     def __init__(self, address: str, hello: Hello, *, keys: Path | None = None) -> None:
         self.address = address
         self.hello = hello
-        self._socket = _open_socket(zmq.Context.instance(), address, keys)
+        self._socket, self._connected = _open_socket(zmq.Context.instance(), address, keys)
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()
 
@@ -157,6 +187,7 @@ class Client:
             reply = self._await(number, _attempt_seconds(started, timeout_s, hold_s))
             if reply is None:
                 notice = _still_waiting(self.address, message, started, timeout_s, notice)
+                self._connected = _follow(self._socket, self.address, self._connected)
             elif isinstance(reply.message, Refused):
                 if reply.message.code != "unknown_peer" or isinstance(message, Hello):
                     raise RefusedError(reply.message)
@@ -191,7 +222,7 @@ class AsyncClient:
     def __init__(self, address: str, hello: Hello, *, keys: Path | None = None) -> None:
         self.address = address
         self.hello = hello
-        self._socket = _open_socket(zmq.asyncio.Context.instance(), address, keys)
+        self._socket, self._connected = _open_socket(zmq.asyncio.Context.instance(), address, keys)
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._reader: asyncio.Task[None] | None = None
@@ -215,6 +246,7 @@ class AsyncClient:
             reply = await self._attempt(message, payload, _attempt_seconds(started, timeout_s, hold_s))
             if reply is None:
                 notice = _still_waiting(self.address, message, started, timeout_s, notice)
+                self._connected = _follow(self._socket, self.address, self._connected)
             elif isinstance(reply.message, Refused):
                 if reply.message.code != "unknown_peer" or isinstance(message, Hello):
                     raise RefusedError(reply.message)

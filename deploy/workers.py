@@ -46,10 +46,13 @@ def _find_broker(join: str | None, run: str | None, keys: Path | None) -> tuple[
         raise UserError("give either --join HOST:PORT or --run RUN.")
     if join is not None:
         return join, keys
-    from deploy.folder import find_folder, read_recipe, wait_for_address
+    from common.wire import from_file
+    from deploy.folder import ADDRESS_FILE, find_folder, read_recipe, wait_for_address
 
     folder = find_folder(str(run))
-    return wait_for_address(folder, WAIT_FOR_BROKER_S)["address"], keys or read_recipe(folder).broker.keys
+    wait_for_address(folder, WAIT_FOR_BROKER_S)
+    # The file, not what it says now: a broker that is started again may have another port, or another node.
+    return from_file(folder / ADDRESS_FILE), keys or read_recipe(folder).broker.keys
 
 
 def broker(

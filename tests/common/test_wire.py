@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import zmq
@@ -145,3 +147,44 @@ def test_async_nobody_there_is_said_in_time() -> None:
             client.close()
 
     asyncio.run(ask())
+
+
+def announce(path: Path, broker: TinyBroker) -> None:
+    path.write_text(json.dumps({"address": f"127.0.0.1:{broker.port}"}))
+
+
+def test_a_broker_that_comes_back_elsewhere_is_followed(
+    start: Callable[[Handler], TinyBroker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "ATTEMPT_S", 0.2)
+    file = tmp_path / "broker.json"
+    first, second = (start(lambda message, payload: (m.Ack(reason=str(message)), [])) for _ in range(2))
+    announce(file, first)
+    client = wire.Client(wire.from_file(file), HELLO)
+    client.request(m.Goodbye(reason="a"), timeout_s=10)
+    first.ending.set()
+    first.join()
+    announce(file, second)
+    client.request(m.Goodbye(reason="b"), timeout_s=10)
+    assert (len(first.seen), len(second.seen)) == (1, 1)
+    client.close()
+
+
+def test_a_broker_that_is_not_announced_yet_is_waited_for(
+    start: Callable[[Handler], TinyBroker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "ATTEMPT_S", 0.2)
+    file = tmp_path / "broker.json"
+    broker = start(lambda message, payload: (m.Ack(), []))
+
+    async def ask() -> m.Message:
+        client = wire.AsyncClient(wire.from_file(file), HELLO)
+        try:
+            with pytest.raises(wire.BrokerUnreachable):
+                await client.request(m.Goodbye(reason="too early"), timeout_s=0.3)
+            announce(file, broker)
+            return (await client.request(m.Goodbye(reason="x"), timeout_s=10)).message
+        finally:
+            client.close()
+
+    assert asyncio.run(ask()) == m.Ack()
