@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from broker.main import serve
 from common.recipe import load_recipe
-from deploy.folder import prepare, read_recipe, wait_for_address
+from deploy.folder import prepare
+from deploy.workers import _find_broker
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.learner import ScriptedLearner
 
@@ -49,8 +50,8 @@ def run_broker(recipe: str, overrides: list[str]) -> int:
 
 def run_actor(folder: Path, name: str) -> int:
     """A scripted actor; SIGTERM drains it."""
-    address = wait_for_address(folder, 60)["address"]
-    actor = ScriptedActor(address, name, group_s=GROUP_S, keys=read_recipe(folder).broker.keys)
+    address, keys = _find_broker(None, str(folder), None)
+    actor = ScriptedActor(address, name, group_s=GROUP_S, keys=keys)
     signal.signal(signal.SIGTERM, lambda *_: actor.stop())
     note(folder, name, "started")
     actor.run()
@@ -64,8 +65,7 @@ def run_learner(folder: Path) -> int:
         meet(folder)
     if os.environ["RANK"] != "0":
         return 0
-    address = wait_for_address(folder, 60)["address"]
-    keys = read_recipe(folder).broker.keys
+    address, keys = _find_broker(None, str(folder), None)
     learner = ScriptedLearner(address, folder / "checkpoint.json", step_s=0.1, every=3, keys=keys)
     signal.signal(signal.SIGTERM, lambda *_: learner.stop())
     note(folder, "learner", "started")
