@@ -6,10 +6,11 @@ scrape, from the page's own thread, never sees half a change. ACK latency is cou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from broker.service import Service
 from common.errors import UserError
@@ -19,15 +20,22 @@ LEASE_AGES_S = (1, 5, 15, 60, 300, 900, 3600)
 
 
 class _Copied:
-    """A collector of what was last copied: counters and the staleness histogram."""
+    """A collector of what was last copied: what has labels that come and go, counters, histograms."""
 
     def __init__(self) -> None:
+        # name -> help text, label names, label values -> number; replaced whole, so that no scrape sees half
+        self.gauges: dict[str, tuple[str, list[str], dict[tuple[str, ...], float]]] = {}
         self.counters: dict[str, tuple[str, float]] = {}
         self.staleness: dict[int, int] = {}
         self.ages: list[float] = []
 
     def collect(self) -> Any:
         """Called by prometheus-client at each scrape."""
+        for name, (help_text, labels, values) in self.gauges.items():
+            family = GaugeMetricFamily(name, help_text, labels=labels)
+            for key, value in values.items():
+                family.add_metric(key, value)
+            yield family
         for name, (help_text, value) in self.counters.items():
             yield CounterMetricFamily(name, help_text, value=value)
         yield _histogram(
@@ -51,6 +59,10 @@ def _histogram(name: str, text: str, counts: dict[int, int]) -> HistogramMetricF
     return HistogramMetricFamily(name, text, [*buckets, ("+Inf", float(seen))], total)
 
 
+def _numbers(values: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+    return {(name,): float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
 class MetricsPage:
     """Serves /metrics on 127.0.0.1.
 
@@ -68,9 +80,6 @@ class MetricsPage:
         self._groups = Gauge("slipstream_groups", "Leases by state (I3).", ["state"], registry=self._registry)
         self._run = Gauge("slipstream_run", "Where the run stands.", ["what"], registry=self._registry)
         self._peers = Gauge("slipstream_peers", "Living peers.", ["role"], registry=self._registry)
-        self._rate = Gauge(
-            "slipstream_actor_tokens_per_second", "Published tokens.", ["actor"], registry=self._registry
-        )
         self.ack_seconds = Histogram(
             "slipstream_ack_seconds", "From the receipt of a round to its replies.", registry=self._registry
         )
@@ -109,12 +118,23 @@ class MetricsPage:
         members = service.state.members
         for role in ("actor", "learner", "observer"):
             self._peers.labels(role).set(len(members.living(role)))
-        self._rate.clear()
-        for peer in members.living("actor"):
-            self._rate.labels(peer.name).set(peer.token_rate.per_second(now))
 
     def _update_copies(self, service: Service, now: float) -> None:
         state, meters = service.state, service.state.meters
+        peers, history = state.members.living(), state.evaluations.history
+        rates = {(p.name,): p.token_rate.per_second(now) for p in peers if p.role == "actor"}
+        readings = {(p.name, meter): value for p in peers for meter, value in p.telemetry.items()}
+        evaluation = _numbers(history[-1] if history else {})
+        self._copied.gauges = {
+            "slipstream_actor_tokens_per_second": ("Published tokens.", ["actor"], rates),
+            "slipstream_telemetry": ("Meters in the peers' heartbeats.", ["peer", "meter"], readings),
+            "slipstream_train": (
+                "The newest step, as in MLflow.",
+                ["name"],
+                _numbers(state.last_train or {}),
+            ),
+            "slipstream_evaluation": ("The newest held-out evaluation.", ["name"], evaluation),
+        }
         self._copied.counters = {
             "slipstream_leases": ("Leases ever granted.", float(state.ledger.granted)),
             "slipstream_payload_bytes_in": ("Payload published.", float(meters.bytes_in)),
