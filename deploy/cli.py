@@ -33,7 +33,6 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "actor": ("deploy.workers", "actor", "Its workers, one by one"),
     "learner": ("deploy.workers", "learner", "Its workers, one by one"),
     "track": ("deploy.workers", "track", "Its workers, one by one"),
-    "eval": ("deploy.eval", "evaluate", "Models and answers"),
     "grade": ("deploy.grade", "grade", "Models and answers"),
     "pretrain": ("deploy.pretrain", "pretrain", "Models and answers"),
     "submit": ("deploy.slurm.submit", "submit", "A cluster"),
@@ -72,8 +71,11 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    for verb, (module, function, panel) in VERBS.items():
-        _register(verb, module, function, panel)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # The verb that is called is the only one that is loaded; help shows them all.
+    wanted = [arguments[0]] if arguments and arguments[0] in VERBS else list(VERBS)
+    for verb in wanted:
+        _register(verb, *VERBS[verb])
     try:
         app(args=arguments)
     except UserError as error:

@@ -1,0 +1,179 @@
+"""What a user gets wrong is one sentence that names the setting, exit code 2, and nothing is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = str(REPOSITORY / "models" / "minimath-base")
+
+
+def slipstream(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f'[model]\npath = "{BASE}"\ndtype = "float32"\nmax_context = 256\n'
+        '[data]\ntrain = "demo-train"\n[rollout]\nmax_tokens = 64\n'
+        "[batch]\nquestions_per_step = 4\noptimizer_steps = 1\n"
+    )
+    return path
+
+
+def refused(recipe: Path, *settings: str) -> str:
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = slipstream("run", str(recipe), *options, cwd=recipe.parent)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert not (recipe.parent / "runs").exists(), "nothing may be started or written"
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["learner.lrr=1"], ["learner.lrr", "lr"]),
+        (["model.path='no/such/folder'"], ["model.path", "no/such/folder"]),
+        (["model.max_context=99999"], ["model.max_context", "1024"]),
+        (["rollout.max_tokens=300"], ["rollout.max_tokens", "model.max_context"]),
+        (["rollout.top_p=0.95"], ["top_p"]),
+        (["rollout.group_size=1"], ["rollout.group_size"]),
+        (["data.train='no-such-set'"], ["data.train", "no-such-set", "orz-mini"]),
+        (["data.template='r2'"], ["r2", "qwen_math"]),
+        (["data.reward='nowhere:f'"], ["data.reward", "nowhere"]),
+        (["data.reward='maths'"], ["data.reward", "package.module:function"]),
+        (["eval.sets=['none-such']"], ["eval.sets", "none-such"]),
+        (["batch.questions_per_step=1000000"], ["data.train", "batch.questions_per_step"]),
+        (["broker.bind='0.0.0.0'"], ["broker.bind", "broker.keys"]),
+        (["actor.tensor_parallel=3"], ["actor.tensor_parallel", "3"]),
+    ],
+)
+def test_setting_is_named(recipe: Path, settings: list[str], words: list[str]) -> None:
+    line = refused(recipe, *settings)
+    for word in words:
+        assert word in line
+
+
+def test_question_set_without_the_named_fields(recipe: Path) -> None:
+    questions = recipe.parent / "questions.jsonl"
+    questions.write_text(json.dumps({"q": "1+1", "answer": "2"}) + "\n")
+    line = refused(recipe, f"data.train='{questions}'")
+    assert "problem" in line
+    assert "q, answer" in line
+
+
+def test_port_in_use(recipe: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"broker.port: port {port}" in refused(recipe, f"broker.port={port}")
+
+
+def test_no_space_left(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.errors import UserError
+    from common.recipe import load_recipe
+    from deploy import preflight
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    loaded = load_recipe(recipe)
+    with pytest.raises(UserError, match=r"run\.root.*MiB free"):
+        preflight.check_disk(loaded, preflight.check_model(loaded))
+
+
+def test_folder_that_cannot_be_written(recipe: Path) -> None:
+    file = recipe.parent / "file"
+    file.write_text("x")
+    line = refused(recipe, f"run.root='{file}/runs'")
+    assert "run.root" in line
+
+
+def test_second_run_in_the_same_folder(recipe: Path) -> None:
+    folder = recipe.parent / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(recipe.read_text())
+    done = slipstream("run", str(recipe), cwd=recipe.parent)
+    assert done.returncode == 2
+    assert "run.name" in done.stderr
+    assert "--resume" in done.stderr
+
+
+def test_resume_without_a_run(recipe: Path) -> None:
+    done = slipstream("run", str(recipe), "--resume", cwd=recipe.parent)
+    assert (done.returncode, "run.name" in done.stderr) == (2, True)
+
+
+def test_status_without_a_run(tmp_path: Path) -> None:
+    done = slipstream("status", cwd=tmp_path)
+    assert (done.returncode, done.stderr.startswith("error: ")) == (2, True)
+
+
+def test_status_where_nobody_answers(tmp_path: Path) -> None:
+    done = slipstream("status", "--join", "127.0.0.1:9", cwd=tmp_path)
+    assert (done.returncode, "--join" in done.stderr) == (2, True)
+
+
+def test_check_prints_the_plan(recipe: Path) -> None:
+    done = slipstream("check", str(recipe), "--set", "batch.max_staleness=3", cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "4 questions x 8 responses = 32",
+        "at most 3 versions, 16 groups",
+        "626,304 parameters",
+        "memory",
+    ):
+        assert words in done.stdout
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in (REPOSITORY / "recipes").glob("*.toml") if not p.stem.startswith("pretrain")),
+    ids=lambda p: p.stem,
+)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    from common.recipe import load_recipe
+    from common.tasks.templates import get_template
+
+    loaded = load_recipe(path)
+    get_template(loaded.data.template)
+    if path.stem.startswith(("paper", "fig8", "duet")):
+        assert (loaded.rollout.group_size, loaded.batch.questions_per_step, loaded.batch.optimizer_steps) == (
+            8,
+            128,
+            8,
+        )
+        assert (loaded.learner.lr, loaded.rollout.max_tokens, loaded.algorithm.kl_beta) == (1e-6, 3000, 0.0)
+        assert loaded.eval.sets == ("aime", "amc", "math500", "minerva", "olympiad_bench")
+
+
+def test_every_verb_has_help_that_teaches(tmp_path: Path) -> None:
+    from deploy.cli import VERBS
+
+    listing = slipstream("--help", cwd=tmp_path).stdout
+    for verb in VERBS:
+        assert verb in listing
+        done = slipstream(verb, "--help", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) > 200
