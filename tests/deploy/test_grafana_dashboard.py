@@ -1,0 +1,90 @@
+"""Every query of the dashboard selects series that a real broker's metrics page has."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.deploy.dashboards import DASHBOARD, expressions, panels, selectors
+from tests.scripted.actor import ScriptedActor
+from tests.scripted.broker import running_broker, scripted_recipe
+from tests.scripted.learner import ScriptedLearner
+
+# Reported by real learners, evaluations and GPUs, which are not here; a run's own log says which names there are.
+ELSEWHERE = {"slipstream_train", "slipstream_evaluation", "slipstream_telemetry"}
+
+
+def page_of(folder) -> str:
+    """The metrics page of the broker that serves a folder."""
+    port = json.loads((folder / "broker.json").read_text())["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        return reply.read().decode()
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> list:
+    """Samples of a page after a few steps."""
+    recipe = scripted_recipe(tmp_path_factory.mktemp("run"), run={"steps": 1000}, data={"count": 4000})
+    with running_broker(recipe) as address:
+        peers = [
+            ScriptedActor(address, "actor-0"),
+            ScriptedLearner(address, recipe.folder / "checkpoint.json"),
+        ]
+        threads = [threading.Thread(target=peer.run, daemon=True) for peer in peers]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 60
+        page = page_of(recipe.folder)
+        while 'slipstream_train{name="reward"}' not in page and time.monotonic() < deadline:
+            time.sleep(0.1)
+            page = page_of(recipe.folder)
+        for peer, thread in zip(peers, threads, strict=True):
+            peer.stop()
+            thread.join(10)
+    return [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+
+
+def test_every_query_selects_something(samples):
+    for name, labels in selectors():
+        if name in ELSEWHERE:
+            continue
+        chosen = [
+            sample
+            for sample in samples
+            if sample.name == name
+            and all(pattern.fullmatch(sample.labels.get(label, "")) for label, pattern in labels.items())
+        ]
+        assert chosen, f"{name}{labels} is not on the metrics page"
+
+
+def test_labels_of_reported_metrics_exist(samples):
+    known = {sample.name: set(sample.labels) for sample in samples}
+    for name, labels in selectors():
+        if name in known:
+            assert set(labels) <= known[name] | {"le"}, name
+    assert known["slipstream_train"] == {"name"}
+
+
+def test_every_number_of_the_page_is_shown(samples):
+    """A metric that nobody looks at is either not worth having or missing from the dashboard."""
+    asked = {name for name, _ in selectors()}
+    histograms = re.compile(r"_(bucket|count|sum|created)$")
+    shown = {histograms.sub("", name) for name in asked}
+    page = {histograms.sub("", sample.name) for sample in samples if sample.name.startswith("slipstream_")}
+    assert page <= shown
+
+
+def test_panels_say_what_they_show():
+    ids = [panel["id"] for panel in panels()]
+    assert len(ids) == len(set(ids))
+    for panel in panels():
+        assert panel["title"], panel["id"]
+        assert panel["description"].endswith("."), panel["title"]
+    assert all("$instance" in expression for expression in expressions())
+    assert json.loads(DASHBOARD.read_text())["uid"] == "slipstream"
