@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 from common.errors import UserError
@@ -124,14 +123,6 @@ def cluster_overrides(recipe: Recipe, options: Options) -> list[str]:
     if gpus:
         overrides += [f"learner.ranks={options.learner_nodes * gpus}", 'launch.device="gpu"']
     return [*overrides, f"actor.count={max(1, options.actors)}"]
-
-
-def binds_to_loopback(recipe: Recipe) -> bool:
-    """Whether the recipe leaves the addresses to the job's script."""
-    try:
-        return ip_address(recipe.broker.bind).is_loopback
-    except ValueError:
-        return recipe.broker.bind == "localhost"
 
 
 def _gpus_per_node(recipe: Recipe, options: Options) -> int:

@@ -98,12 +98,12 @@ def submit_recipe(
         UserError: anything that would keep a job from starting; nothing is then written or queued.
     """
     from deploy.folder import holds_a_run, prepare
-    from deploy.preflight import preflight
-    from deploy.slurm.plan import binds_to_loopback, make_plan
+    from deploy.preflight import is_loopback, preflight
+    from deploy.slurm.plan import make_plan
     from deploy.slurm.scripts import render
 
     plan = make_plan(recipe, options, program=program)
-    scripts = render(plan, set_addresses=binds_to_loopback(recipe))
+    scripts = render(plan, set_addresses=is_loopback(recipe.broker.bind))
     preflight(recipe, ports=False)
     if not dry_run:
         _check_with_slurm(plan, scripts)

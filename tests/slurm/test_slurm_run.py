@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def assert_whole(folder: Path, steps: int) -> None:
 
 
 def test_scaled_hurt_and_requeued_run_ends_whole(cluster: Cluster, shared: Path, program):
-    steps = 400
+    steps = 250
     folder = send(write_recipe(shared, steps=steps), program)
     state = read_state(folder)
     wait_until(lambda: actors_at_work() == [0, 1], 60, "two actors run")
@@ -82,3 +84,57 @@ def test_scaled_hurt_and_requeued_run_ends_whole(cluster: Cluster, shared: Path,
     wait_until(lambda: len(seen(folder, "learner", "started")) == 2, 90, "the learner is back")
     wait_until(lambda: step_of(folder) > before, 60, "it trains on")
     assert_whole(folder, steps)
+
+
+def test_near_the_time_limit_a_job_saves_and_queues_again(cluster: Cluster, shared: Path, program):
+    steps = 120
+    folder = send(write_recipe(shared, steps=steps), program, time="10:00")
+    state = read_state(folder)
+    wait_until(lambda: step_of(folder) > 0, 60, "a first checkpoint")
+    # What --signal=B:USR1@120 does two minutes before the limit.
+    cluster.ask("scancel", "--batch", "--signal=USR1", str(state.head), f"{state.arrays[0]}_1")
+    wait_until(lambda: seen(folder, "learner", "left"), 30, "the learner has saved and left")
+    wait_until(lambda: seen(folder, "actor-1", "left"), 30, "the actor has left in order")
+    for label in (str(state.head), f"{state.arrays[0]}_1"):
+        cluster.start_again(label)
+    assert_whole(folder, steps)
+    assert len(seen(folder, "learner", "started")) == 2
+    assert len(seen(folder, "actor-1", "started")) == 2
+
+
+def test_ranks_of_several_nodes_meet(cluster: Cluster, shared: Path, program):
+    recipe = write_recipe(shared, steps=3)
+    recipe.write_text(recipe.read_text() + "\n[learner]\nranks = 4\n")
+    folder = send(recipe, program, learner_nodes=2, actors=1)
+    assert_whole(folder, 3)
+    ranks = [line for line in seen(folder) if line["who"].startswith("rank ")]
+    assert sorted(line["who"] for line in ranks) == ["rank 0", "rank 1", "rank 2", "rank 3"]
+    assert {line["what"] for line in ranks} == {"sum 10"}
+    assert [line["LOCAL_RANK"] for line in sorted(ranks, key=lambda line: line["who"])] == [
+        "0",
+        "1",
+        "0",
+        "1",
+    ]
+    assert len({line["SLURMD_NODENAME"] for line in ranks}) == 2
+
+
+def test_a_worker_that_dies_is_started_again(cluster: Cluster, shared: Path, program):
+    steps = 80
+    folder = send(write_recipe(shared, steps=steps), program, actors=1)
+    wait_until(lambda: step_of(folder) > 0 and seen(folder, "actor-0"), 60, "the run goes")
+    for who in ("actor-0", "learner", "broker"):
+        os.kill(seen(folder, who)[-1]["pid"], signal.SIGKILL)
+        wait_until(lambda who=who: len(seen(folder, who, "started")) == 2, 60, f"{who} is back")
+    assert_whole(folder, steps)
+
+
+def test_a_run_that_cannot_go_on_leaves_nothing_behind(cluster: Cluster, shared: Path, program):
+    recipe = write_recipe(shared, steps=1000)
+    folder = send(recipe, program, actors=2)
+    wait_until(lambda: step_of(folder) > 0, 60, "the run goes")
+    (shared / "questions.jsonl").unlink()  # the broker's next start is refused: exit code 2
+    os.kill(seen(folder, "broker")[-1]["pid"], signal.SIGKILL)
+    wait_until(lambda: not queue.queued("slipstream-demo"), 90, "the head job gives up")
+    wait_until(lambda: not queue.queued("slipstream-demo-actors"), 60, "its actors are taken back")
+    assert "error: " in (folder / "broker.log").read_text()

@@ -1,0 +1,150 @@
+"""Batch files as bash and Slurm read them; scaling as arithmetic on the queue."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.recipe import load_recipe
+from deploy.slurm.plan import Options, cluster_overrides, make_plan
+from deploy.slurm.queue import Task, array_ranges, call, require_slurm
+from deploy.slurm.scale import plan_change
+from deploy.slurm.scripts import render
+from deploy.slurm.submit import submit_recipe
+from tests.slurm.recipes import write_recipe
+
+GPU = {"gpus_per_node": 8, "time": "1-00:00:00", "account": "lab", "qos": "high", "interface": "ib0"}
+
+
+@pytest.fixture
+def recipe_file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path)
+
+
+def resolved(path: Path, options: Options, *overrides: str):
+    """The recipe as `submit` resolves it."""
+    loaded = load_recipe(path, overrides)
+    return load_recipe(path, [*overrides, *cluster_overrides(loaded, options)])
+
+
+def scripts_of(path: Path, *overrides: str, set_addresses: bool = True, **changes) -> dict[str, str]:
+    """Rendered batch files."""
+    options = Options(**{"learner_nodes": 1, "actors": 12, "partition": "p", **changes})
+    return render(make_plan(resolved(path, options, *overrides), options), set_addresses=set_addresses)
+
+
+def directives(script: str) -> list[str]:
+    """Options of sbatch in a script."""
+    return re.findall(r"^#SBATCH (.*)$", script, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, GPU, {"learner_nodes": 1, "setup": "module load cuda\nulimit -n 4096"}]
+)
+def test_bash_accepts_the_scripts(recipe_file, changes):
+    device = 'launch.device="gpu"' if changes.get("gpus_per_node") else 'launch.device="cpu"'
+    for script in scripts_of(recipe_file, device, **changes).values():
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "{{" not in script
+        assert "{%" not in script
+        body = script[script.index("\nrun=") :]
+        assert "#SBATCH" not in body, "Slurm reads options only before the first command"
+
+
+def test_gpu_plan_fills_the_nodes(recipe_file):
+    options = Options(learner_nodes=4, actors=12, partition="a100", actor_partition="spot", **GPU)
+    recipe = resolved(recipe_file, options, 'launch.device="gpu"', "actor.tensor_parallel=2")
+    assert recipe.learner.ranks == 32
+    assert recipe.actor.count == 12
+    assert recipe.broker.keys == recipe.folder.resolve() / "keys"
+    scripts = render(make_plan(recipe, options), set_addresses=True)
+    head, actors = directives(scripts["head.sbatch"]), directives(scripts["actors.sbatch"])
+    wanted = {
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--partition=a100",
+        "--signal=B:USR1@120",
+    }
+    assert wanted | {"--requeue", "--time=1-00:00:00", "--account=lab", "--qos=high"} <= set(head)
+    assert {"--array=0-11", "--gpus-per-node=2", "--partition=spot", "--nodes=1", "--requeue"} <= set(actors)
+    assert "NCCL_SOCKET_IFNAME=ib0" in scripts["head.sbatch"]
+
+
+def test_an_address_in_the_recipe_is_kept(recipe_file):
+    assert "broker.bind" in scripts_of(recipe_file)["head.sbatch"]
+    assert "broker.bind" not in scripts_of(recipe_file, set_addresses=False)["head.sbatch"]
+
+
+def test_odd_paths_stay_words(tmp_path, monkeypatch):
+    folder = tmp_path / "a b;$(touch x)"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    script = scripts_of(write_recipe(folder))["head.sbatch"]
+    echo = script[script.index("\nrun=") : script.index("\nslipstream=")] + '\nprintf %s "$run"'
+    done = subprocess.run(["bash", "-c", echo], capture_output=True, text=True, check=True)
+    assert done.stdout == str(folder / "runs" / "demo")
+    assert not (folder / "x").exists()
+
+
+def test_dry_run_only_writes(recipe_file, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    options = Options(learner_nodes=1, actors=2, partition="p")
+    recipe = resolved(recipe_file, options)
+    submit_recipe(recipe, options, dry_run=True)
+    written = sorted(path.name for path in (recipe.folder / "slurm").iterdir())
+    assert written == ["actors.sbatch", "head.sbatch"]
+    assert list((recipe.folder / "keys").glob("*.key_secret"))
+    assert "nothing was submitted" in capsys.readouterr().out
+
+
+def test_without_slurm_nothing_is_written(recipe_file, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    options = Options(learner_nodes=1, actors=2, partition="p")
+    with pytest.raises(UserError, match="sbatch and squeue and scancel and sinfo not found"):
+        submit_recipe(resolved(recipe_file, options), options)
+    assert not Path("runs").exists()
+    with pytest.raises(UserError, match="login node"):
+        require_slurm()
+    with pytest.raises(UserError, match="sbatch not found"):
+        call("sbatch")
+
+
+@given(st.sets(st.integers(0, 1000)))
+def test_array_ranges_say_exactly_the_indices(indices):
+    said: list[int] = []
+    for part in filter(None, array_ranges(indices).split(",")):
+        first, _, last = part.partition("-")
+        said += range(int(first), int(last or first) + 1)
+    assert said == sorted(indices)
+
+
+tasks = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from(["PENDING", "RUNNING"]), st.booleans()),
+    unique_by=lambda entry: entry[0],
+    max_size=20,
+)
+
+
+@given(tasks, st.integers(0, 40))
+def test_scaling_reaches_what_is_wanted(entries, wanted):
+    queue = [Task(7, index, state) for index, state, _ in entries]
+    leaving = {Task(7, index, state).label for index, state, goes in entries if goes and state == "RUNNING"}
+    change = plan_change(queue, leaving, wanted)
+    staying = {task for task in queue if task.label not in leaving}
+    going = {*change.cancel, *change.ask}
+    assert len(staying - going) + len(change.add) == wanted
+    assert going <= staying, "who was asked before is not asked again"
+    assert not set(change.add) & {task.index for task in queue}, "an index is an actor's name"
+    assert not (change.add and going)
+    assert all(task.state == "PENDING" for task in change.cancel)
+    if any(task.state == "PENDING" for task in staying - going):
+        assert not change.ask, "waiting tasks go before working ones"
