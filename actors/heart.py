@@ -1,7 +1,7 @@
 """Signs of life, and what the broker says in return.
 
 Invariant: the heart beats whatever the engine does, also while it drains; an outage of the broker is waited for
-and said, never an error.
+and said, never an error. Under systemd an engine that hangs silences the watchdog, not the heart.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from common.messages import Heartbeat, Pulse
+from common.systemd import Progress, Watchdog, notify_ready
 from common.wire import AsyncClient, BrokerUnreachable
 
 log = logging.getLogger("slipstream.actor.heart")
+
+STALLED_S = 900.0  # an engine that finishes no group for so long, and waits for nobody, is hung
 
 
 class Heart:
@@ -35,6 +38,9 @@ class Heart:
     ) -> None:
         self._wire, self._interval_s = wire, interval_s
         self._describe, self._on_pulse = describe, on_pulse
+        self._progress = Progress(STALLED_S)
+        self._watchdog = Watchdog(self._progress)
+        self._ready = False
 
     async def beat(self) -> None:
         """Beat until cancelled.
@@ -44,9 +50,16 @@ class Heart:
         """
         while True:
             try:
-                reply = await self._wire.request(self._describe(), timeout_s=10 + self._interval_s)
+                beat = self._describe()
+                tokens = beat.telemetry.get("generated_tokens")
+                self._progress.note(tokens, waiting=beat.waiting_for is not None)
+                reply = await self._wire.request(beat, timeout_s=10 + self._interval_s)
                 assert isinstance(reply.message, Pulse)
                 await self._on_pulse(reply.message)
+                if not self._ready:
+                    notify_ready()
+                    self._ready = True
             except BrokerUnreachable as error:
                 log.warning("%s; work in hand is kept", error)
+            self._watchdog.beat()
             await asyncio.sleep(self._interval_s)

@@ -31,6 +31,7 @@ from common.errors import UserError
 from common.keys import apply_server
 from common.messages import EvalQuestion
 from common.recipe.schema import Recipe
+from common.systemd import notify_ready
 
 log = logging.getLogger("slipstream.broker")
 
@@ -66,6 +67,7 @@ def serve(
         address = bind(socket, recipe)
         claim.announce(address=address, run=recipe.run.name, metrics_port=page.port)
         log.info("run '%s': broker at %s, step %d", recipe.run.name, address, state.ledger.step)
+        notify_ready(f"run '{recipe.run.name}' at {address}")
         return _serve(state, socket, stop, page)
     finally:
         if socket is not None:

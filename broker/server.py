@@ -18,6 +18,7 @@ from broker.metrics_page import MetricsPage
 from broker.outbox import Outgoing
 from broker.service import Service
 from broker.store import StoreFull
+from common.systemd import Watchdog
 
 log = logging.getLogger("slipstream.broker")
 
@@ -56,6 +57,7 @@ class Server:
         self, socket: Any, service: Service, stop: threading.Event, page: MetricsPage | None = None
     ) -> None:
         self._socket, self._service, self._stop, self._page = socket, service, stop, page
+        self._watchdog = Watchdog()
         self._next_tick = 0.0
         self._next_save = 0.0
 
@@ -90,6 +92,7 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
+        self._watchdog.beat()
         self._service.tick(now)
         if self._page is not None:
             self._page.update(self._service, now)

@@ -49,6 +49,23 @@ def watchdog_interval_s() -> float | None:
     return microseconds / 1e6 if microseconds > 0 and os.environ.get("NOTIFY_SOCKET") else None
 
 
+class Progress:
+    """Whether something has changed within the last `limit_s` seconds, or had a reason not to."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._mark: object = None
+        self._since = time.monotonic()
+
+    def note(self, mark: object, *, waiting: bool = False) -> None:
+        """What the worker has got to; `waiting` when it waits for somebody and cannot go on by itself."""
+        if waiting or mark != self._mark:
+            self._mark, self._since = mark, time.monotonic()
+
+    def __call__(self) -> bool:
+        return time.monotonic() - self._since < self._limit_s
+
+
 class Watchdog:
     """Pings systemd's watchdog, but only while the worker makes progress.
 

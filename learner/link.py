@@ -73,6 +73,11 @@ class BrokerLink:
         """Say what the learner does; `waiting_for` names whom it waits for."""
         self._state = (state, waiting_for, time.monotonic())
 
+    def moves(self, within_s: float) -> bool:
+        """Whether the learner waits for somebody, or has done something else within the last `within_s` seconds."""
+        _, waiting_for, since = self._state
+        return waiting_for is not None or time.monotonic() - since < within_s
+
     def meter(self, read: Callable[[], dict[str, float]]) -> None:
         """Add `read()` to the telemetry of each heartbeat."""
         self._meters = read

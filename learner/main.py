@@ -19,12 +19,14 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.errors import RunFailedError, UserError
 from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
 from common.recipe.schema import Recipe
+from common.systemd import Watchdog, notify_ready
 from common.wire import BrokerUnreachable, Client, RefusedError
 from learner.checkpoint import Checkpoints, Saved, free_bytes
 from learner.engine import Engine
@@ -221,6 +223,8 @@ class Learner:
         self._link.version = self._step
         self._link.meter(self._push.meters)
         self._link.serve(self._push.address(rewound.era))
+        notify_ready(f"step {self._step}")
+        Watchdog(partial(self._link.moves, self._recipe.broker.no_progress_s)).run()
 
     # --- the loop ---------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from common.systemd import Watchdog, notify_ready, notify_stopping, watchdog_interval_s
+from common.systemd import Progress, Watchdog, notify_ready, notify_stopping, watchdog_interval_s
 
 
 @pytest.fixture
@@ -82,3 +82,21 @@ def test_the_thread_beats_until_stopped(manager, monkeypatch):
     watchdog.run()
     assert [manager.recv(64) for _ in range(3)] == [b"WATCHDOG=1"] * 3
     watchdog.stop()
+
+
+def test_progress_is_change_or_a_reason_to_wait(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("common.systemd.time.monotonic", lambda: now[0])
+    progress = Progress(10.0)
+    seen = []
+    for second, mark, waiting in (
+        (5, 1, False),
+        (14, 1, False),
+        (16, 1, False),
+        (17, 1, True),
+        (28, 2, False),
+    ):
+        now[0] = float(second)
+        progress.note(mark, waiting=waiting)
+        seen.append(progress())
+    assert seen == [True, True, False, True, True]
