@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-from actors.weights.adapters import adapter_request
+from actors.weights.adapters import adapter_request, neutral_layer
 from actors.weights.expected import expected_manifest
 from actors.weights.gate import CommitGate
 from actors.weights.versions import TokenVersions
@@ -101,11 +101,6 @@ class WeightReceiver:
         return self._origin
 
     @property
-    def origin(self) -> str | None:
-        """Token of the publisher that `version` came from; None while it is the one started with."""
-        return self._origin
-
-    @property
     def cache_salt(self) -> str | None:
         """What prompts must carry as `cache_salt` when the KV cache outlives a swap; None when it does not."""
         if self._clear_cache:
@@ -114,7 +109,7 @@ class WeightReceiver:
 
     @property
     def lora(self) -> Any | None:
-        """The `lora_request` that prompts must carry, once an adapter was pushed."""
+        """The `lora_request` that every prompt must carry; None when the engine was started without LoRA."""
         return adapter_request() if self._adapter else None
 
     @asynccontextmanager
@@ -135,13 +130,25 @@ class WeightReceiver:
         failures = {str(cause): count for cause, count in self._failures.items()}
         return {"version": self.version, "generation": self._generation, **self._meters, "failures": failures}
 
+    async def prepare(self) -> None:
+        """To be awaited before the first prompt: labels what the engine was started with.
+
+        An engine with LoRA gets an adapter that changes nothing, so that every request carries the adapter
+        from its first token and goes on with the next one in place.
+        """
+        await self._label(self.version)
+        if self._engine.vllm_config.lora_config is not None and not self._adapter:
+            layer = neutral_layer(self._expected)
+            await self._rpc("neutral_adapter", layer.name, list(layer.shape))
+            self._adapter = True
+
     async def run(self) -> None:
-        """Follows the learner until cancelled.
+        """Follows the learner until cancelled; does what `prepare` does unless that was done.
 
         Raises:
             EngineDamagedError: a commit failed; the engine is paused and must be restarted.
         """
-        await self._label(self.version)
+        await self.prepare()
         delay = RETRY_S[0]
         while True:
             before = self._meters["pushes"]

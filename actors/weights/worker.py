@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from actors.weights.adapters import load_adapter
+from actors.weights.adapters import load_adapter, load_neutral_adapter
 from common.weights.protocol import LinkSpec
 from common.weights.stager import Staged, Stager
 from common.weights.store import Address
@@ -48,11 +48,15 @@ class WeightReceiverExtension:
         staged = self._slipstream_stager.take(version)
         try:
             if staged.manifest.kind == "adapter":
-                load_adapter(self, staged)
+                load_adapter(self, dict(staged.tensors()), dict(staged.manifest.meta)["adapter_config"])
             else:
                 self._slipstream_reload(staged)
         finally:
             staged.release()
+
+    def slipstream_weights_neutral_adapter(self, layer: str, shape: list[int]) -> None:
+        """Loads an adapter that changes nothing, for requests to carry until one is pushed."""
+        load_neutral_adapter(self, layer, shape)
 
     def slipstream_weights_disconnect(self) -> None:
         """Gives up the link; threads stuck in a transfer end at their own deadline."""

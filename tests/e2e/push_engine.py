@@ -80,8 +80,17 @@ class Response:
     finish_reason: str
 
 
-async def respond(engine, receiver, name: str, prompt: Sequence[int], length: int, temperature: float = 1.0):
-    """Samples exactly `length` tokens."""
+async def respond(
+    engine,
+    receiver,
+    name: str,
+    prompt: Sequence[int],
+    length: int,
+    temperature: float = 1.0,
+    *,
+    salted: bool = True,
+) -> Response:
+    """Samples exactly `length` tokens, as an actor does (`salted` = False: without the cache salt)."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -90,7 +99,7 @@ async def respond(engine, receiver, name: str, prompt: Sequence[int], length: in
     text: dict = {"prompt_token_ids": list(prompt)}
     if receiver is not None:
         receiver.token_versions.begin(name)
-        if receiver.cache_salt is not None:
+        if salted and receiver.cache_salt is not None:
             text["cache_salt"] = receiver.cache_salt
     lora = receiver.lora if receiver is not None else None
     async for output in engine.generate(text, parameters, name, lora_request=lora):
