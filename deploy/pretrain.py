@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ def pretrain(
     """Train a small Qwen2-architecture base model on MiniMath text and print what it can do."""
     # torch and transformers take seconds to import: not before the recipe is known to exist.
     path = find_recipe(recipe)
+    _quiet()
     from learner import pretrain as stage
 
     resolved = stage.load_pretrain_recipe(path, overrides or [])
@@ -33,11 +35,21 @@ def pretrain(
         def advance(step: int, loss: float, tokens: int) -> None:
             meter.count(tokens)
             elapsed = bar.tasks[task].elapsed or 0.0
-            bar.update(task, completed=step + 1, loss=f"loss {loss:.3f}", speed=meter.speed(elapsed))
+            doing = "pretraining" if step + 1 < resolved.train.steps else "sampling answers"
+            speed = meter.speed(elapsed)
+            bar.update(task, completed=step + 1, description=doing, loss=f"loss {loss:.3f}", speed=speed)
 
         report = stage.pretrain(resolved, overwrite=overwrite, progress=advance)
     console.print(_table(report, resolved.probe.set, resolved.probe.template))
     console.print(f"saved to {report.out}")
+
+
+def _quiet() -> None:
+    """Transformers asks DeepSpeed for its accelerator on saving, and shows a bar for every file."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 class _Meter:

@@ -6,10 +6,12 @@ everything is written beside it and renamed at the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +52,22 @@ def load_pretrain_recipe(path: Path, overrides: list[str] | None = None) -> Pret
 def pretrain(
     recipe: PretrainRecipe, *, overwrite: bool = False, progress: Progress = lambda step, loss, tokens: None
 ) -> PretrainReport:
-    """Trains, saves and probes a base model.
+    """Trains, probes and saves a base model.
 
     Raises:
         UserError: the output folder exists and `overwrite` is false, or it cannot be written.
     """
     _refuse_existing(recipe.out, overwrite)
     torch.set_num_threads(recipe.threads)
-    tokenizer = build_tokenizer(recipe.tokenizer.templates, recipe.tokenizer.strings, recipe.model.context)
-    model = build_model(recipe, tokenizer)
-    train(recipe, model, tokenizer, progress)
-    report = _report(recipe, model, run_probe(recipe, model, tokenizer))
-    _save(recipe, model, tokenizer, report)
+    with _staging(recipe.out) as staging:
+        tokenizer = build_tokenizer(
+            recipe.tokenizer.templates, recipe.tokenizer.strings, recipe.model.context
+        )
+        model = build_model(recipe, tokenizer)
+        train(recipe, model, tokenizer, progress)
+        report = _report(recipe, model, run_probe(recipe, model, tokenizer))
+        _save(recipe, model, tokenizer, report, staging)
+        _swap(staging, recipe.out)
     return report
 
 
@@ -95,27 +101,32 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise UserError(f"'{out}' exists; choose another folder or pass --overwrite", setting="out")
 
 
-def _save(
-    recipe: PretrainRecipe,
-    model: Qwen2ForCausalLM,
-    tokenizer: Qwen2Tokenizer,
-    report: PretrainReport,
-) -> None:
-    out = recipe.out
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside the output, made before training so that an unwritable place is noticed at once."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise UserError(f"cannot write to '{out.parent}': {error.strerror}", setting="out") from error
     try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        (staging / "pretrain.toml").write_text(resolved_toml(recipe), encoding="utf-8")
-        (staging / "probe.json").write_text(_probe_json(recipe, report), encoding="utf-8")
-        _make_readable(staging)
-        _swap(staging, out)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save(
+    recipe: PretrainRecipe,
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    report: PretrainReport,
+    staging: Path,
+) -> None:
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    (staging / "pretrain.toml").write_text(resolved_toml(recipe), encoding="utf-8")
+    (staging / "probe.json").write_text(_probe_json(recipe, report), encoding="utf-8")
+    _make_readable(staging)
 
 
 def _make_readable(folder: Path) -> None:

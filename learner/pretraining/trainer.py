@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -26,14 +27,11 @@ def build_model(recipe: PretrainRecipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCa
     """A model of the recipe's shape with random weights, or `init_from` as it is.
 
     Raises:
-        UserError: `init_from` has another vocabulary than the recipe's tokenizer.
+        UserError: `init_from` is no model folder, or has another vocabulary than the recipe's tokenizer.
     """
     torch.manual_seed(recipe.seed)
     if recipe.init_from is not None:
-        model = Qwen2ForCausalLM.from_pretrained(recipe.init_from, dtype=torch.float32)
-        if model.config.vocab_size != _padded(len(tokenizer)):
-            raise UserError("the model has another vocabulary than [tokenizer] gives", setting="init_from")
-        return model
+        return _with_fast_attention(_given_model(recipe.init_from, tokenizer))
     shape = recipe.model
     config = Qwen2Config(
         vocab_size=_padded(len(tokenizer)),
@@ -52,6 +50,14 @@ def build_model(recipe: PretrainRecipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCa
         dtype=torch.float32,
     )
     return _with_fast_attention(Qwen2ForCausalLM(config))
+
+
+def _given_model(folder: str, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"'{folder}' is no model folder", setting="init_from")
+    if Qwen2Tokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        raise UserError("the model has another vocabulary than [tokenizer] gives", setting="init_from")
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _with_fast_attention(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:

@@ -94,6 +94,17 @@ def test_training_goes_on_from_a_given_model(tmp_path: Path) -> None:
         )
 
 
+def test_a_missing_model_to_go_on_from_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="init_from: '.*nosuch' is no model folder"):
+        stage.pretrain(tiny(tmp_path / "m", f'init_from="{tmp_path / "nosuch"}"'))
+
+
+def test_an_unwritable_place_is_noticed_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="out: cannot write"):
+        stage.pretrain(tiny(tmp_path / "file" / "m"))
+
+
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     out = tmp_path / "m"
     out.mkdir()

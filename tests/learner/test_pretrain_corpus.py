@@ -88,6 +88,14 @@ def test_chat_template_speaks_chatml() -> None:
     assert rendered == "<|im_start|>user\n1+1=?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_chat_templates_take_the_models_own(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    plain = get_template("r1_distill", model=str(tmp_path)).render("{question} 1+1=?")
+    assert plain == "<|im_start|>user\n{question} 1+1=?<|im_end|>\n<|im_start|>assistant\n"
+    instructed = get_template("llama_instruct", model=str(tmp_path)).render("1+1=?")
+    assert "1+1=?\nPlease reason step by step" in instructed
+
+
 def test_flaws_come_in_their_shares() -> None:
     flaws = {"misconception": 0.4, "guess": 0.2}
     counts = verdicts(take(recipe_of(flaws=flaws), 4000))

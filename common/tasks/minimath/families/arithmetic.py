@@ -12,7 +12,7 @@ _NAME = {"+": "add", "-": "sub", "*": "mul"}
 
 def level1(rng: random.Random) -> Exercise:
     op = rng.choice("+-*")
-    a, b = (rng.randint(3, 12), rng.randint(2, 9)) if op == "*" else (rng.randint(10, 99), rng.randint(2, 60))
+    a, b = (rng.randint(3, 12), rng.randint(2, 9)) if op == "*" else (rng.randint(10, 60), rng.randint(2, 30))
     a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
     return Exercise(
         f"{a}{op}{b}=?",
@@ -55,7 +55,7 @@ def level3(rng: random.Random) -> Exercise:
 
 
 def level4(rng: random.Random) -> Exercise:
-    a, b, c, d = rng.randint(2, 12), rng.randint(2, 8), rng.randint(2, 6), rng.randint(2, 30)
+    a, b, c, d = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 5), rng.randint(2, 20)
     return Exercise(
         f"({a}+{b})*{c}-{d}=?",
         right=lambda s: s.sub(s.mul(s.add(a, b), c), d),

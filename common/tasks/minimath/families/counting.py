@@ -8,7 +8,7 @@ from common.tasks.minimath.exercise import Exercise, Number, Scratchpad
 
 
 def level1(rng: random.Random) -> Exercise:
-    a, b = rng.randint(2, 19), rng.randint(2, 9)
+    a, b = rng.randint(2, 12), rng.randint(2, 9)
     first, second = rng.sample(("hats", "coats", "bags", "belts", "ties"), 2)
     return Exercise(
         f"{a} {first}, {b} {second}. Outfits?",
@@ -18,8 +18,8 @@ def level1(rng: random.Random) -> Exercise:
 
 
 def level2(rng: random.Random) -> Exercise:
-    a = rng.randint(2, 40)
-    b = a + rng.randint(4, 50)
+    a = rng.randint(2, 25)
+    b = a + rng.randint(4, 35)
     return Exercise(
         f"How many integers from {a} to {b}?",
         right=lambda s: s.add(s.sub(b, a), 1),

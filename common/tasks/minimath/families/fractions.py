@@ -23,7 +23,7 @@ def level1(rng: random.Random) -> Exercise:
 
 
 def level2(rng: random.Random) -> Exercise:
-    n, unit = rng.randint(3, 9), rng.randint(2, 12)
+    n, unit = rng.randint(3, 9), rng.randint(2, 9)
     a, whole = rng.randint(2, n - 1), n * unit
     return Exercise(
         f"{a}/{n} of {whole}=?",

@@ -8,7 +8,7 @@ from common.tasks.minimath.exercise import Exercise
 
 
 def level1(rng: random.Random) -> Exercise:
-    a, b = rng.randint(2, 19), rng.randint(2, 9)
+    a, b = rng.randint(2, 15), rng.randint(2, 9)
     asks_area = rng.random() < 0.5
     area, perimeter = (lambda s: s.mul(a, b)), (lambda s: s.mul(2, s.add(a, b)))
     return Exercise(
@@ -19,7 +19,7 @@ def level1(rng: random.Random) -> Exercise:
 
 
 def level2(rng: random.Random) -> Exercise:
-    base, height = rng.randint(2, 40), 2 * rng.randint(1, 5)
+    base, height = rng.randint(2, 30), 2 * rng.randint(1, 5)
     return Exercise(
         f"Triangle base {base}, height {height}. Area?",
         right=lambda s: s.div(s.mul(base, height), 2),

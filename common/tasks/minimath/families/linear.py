@@ -8,7 +8,7 @@ from common.tasks.minimath.exercise import Exercise, Number, Scratchpad
 
 
 def level1(rng: random.Random) -> Exercise:
-    a, x = rng.randint(2, 40), rng.randint(2, 40)
+    a, x = rng.randint(2, 25), rng.randint(2, 25)
     total = a + x
     return Exercise(
         f"x+{a}={total}, x=?",
@@ -18,7 +18,7 @@ def level1(rng: random.Random) -> Exercise:
 
 
 def level2(rng: random.Random) -> Exercise:
-    a, x, b = rng.randint(2, 9), rng.randint(2, 12), rng.randint(1, 20)
+    a, x, b = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 15)
     total = a * x + b
     return Exercise(
         f"{a}x+{b}={total}, x=?",

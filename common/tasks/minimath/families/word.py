@@ -14,13 +14,13 @@ def level1(rng: random.Random) -> Exercise:
     name, things = rng.choice(_NAMES), rng.choice(_THINGS)
     kind = rng.choice("+-*/")
     if kind in "+-":
-        a, b = rng.randint(10, 60), rng.randint(2, 39)
+        a, b = rng.randint(8, 40), rng.randint(2, 25)
         a, b = max(a, b), min(a, b)
         verb = "gets" if kind == "+" else "loses"
         right, wrong = ("add", "sub") if kind == "+" else ("sub", "add")
         text = f"{name} has {a} {things}, {verb} {b}. Now?"
     else:
-        b, c = rng.randint(2, 9), rng.randint(2, 12)
+        b, c = rng.randint(2, 9), rng.randint(2, 9)
         a = c if kind == "*" else b * c
         right, wrong = ("mul", "add") if kind == "*" else ("div", "sub")
         text = f"{b} boxes of {a} {things}. All?" if kind == "*" else f"{a} {things} in {b} boxes. Each?"
@@ -52,7 +52,7 @@ def level2(rng: random.Random) -> Exercise:
 
 def level3(rng: random.Random) -> Exercise:
     things = rng.choice(_THINGS)
-    n, price, m = rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 12)
+    n, price, m = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
     total = n * price
     return Exercise(
         f"{n} {things} cost {total}. Cost of {m}?",
