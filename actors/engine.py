@@ -112,9 +112,8 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors.executors import ACTOR_PID_VARIABLE
+        from actors.executors import ACTOR_PID_VARIABLE, OwnedLLM
 
         os.environ[ACTOR_PID_VARIABLE] = str(os.getpid())
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the recipe
@@ -122,7 +121,7 @@ class Engine:
             config = AsyncEngineArgs(**_for_this_device(arguments)).create_engine_config()
             if _fork_is_safe(config):
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-            self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            self.llm = OwnedLLM.from_vllm_config(config, disable_log_stats=True)
         except Exception as error:
             raise RunFailedError(
                 f"vLLM could not start on '{arguments['model']}': {_first_line(error)}"
@@ -130,6 +129,12 @@ class Engine:
         self.max_context: int = config.model_config.max_model_len
         self._processes = list(self.llm.engine_core.resources.engine_manager.processes)
         self._numbers = itertools.count()
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        cache = self.llm.vllm_config.cache_config
+        return (cache.num_gpu_blocks or 0) * cache.block_size
 
     @property
     def tokenizer(self) -> Any:
@@ -200,6 +205,7 @@ class Engine:
 
     def shutdown(self, grace_s: float = 1.0) -> None:
         """End the engine process and its workers: by SIGTERM, and by SIGKILL what is left after `grace_s`."""
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about ends that are meant
         with suppress(Exception):  # whatever vLLM finds on the way out, the processes must go
             self.llm.shutdown(timeout=grace_s)
         for process in self._processes:
@@ -225,13 +231,13 @@ def _fork_is_safe(config: Any) -> bool:
     """Whether the engine process of this CPU engine may be forked, which spares importing vLLM twice (8 s).
 
     vLLM forks by default but spawns on the CPU, because its multi-process workers read their OpenMP settings
-    at import. A single worker inherits ours. What remains dangerous is a lock held or an OpenMP pool used by
-    another thread at the moment of the fork: there must be no other Python thread, and nothing here computes
-    before the engine is started.
+    at import; a single worker inherits ours. What would remain dangerous in a fork is a lock held by another
+    thread, and a pool of OpenMP threads, which does not survive it: here there is neither.
     """
+    import torch
     from vllm.platforms import current_platform
 
-    alone = threading.active_count() == 1
+    alone = threading.active_count() == 1 and torch.get_num_threads() == 1
     return current_platform.is_cpu() and config.parallel_config.world_size == 1 and alone
 
 

@@ -1,4 +1,4 @@
-"""vLLM's executors, in an engine process that never outlives the actor that started it.
+"""vLLM's classes, for an engine process that never outlives the actor that started it.
 
 Invariant: the engine process dies with its actor however the actor ends (also by SIGKILL), and hears none of
 the signals that are meant for the actor: Ctrl-C and a launcher's SIGTERM go to a process group, and an engine
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -27,6 +28,13 @@ def bind_to_actor() -> None:
     if actor is not None and os.getppid() != int(actor):
         os._exit(1)  # the actor died before the tie was made
     os.setpgid(0, 0)
+
+
+class OwnedLLM(AsyncLLM):
+    """An AsyncLLM that is shut down by its owner, and not by a finaliser that fails in a dying interpreter."""
+
+    def __del__(self) -> None:
+        pass
 
 
 class OneWorkerExecutor(UniProcExecutor):

@@ -86,7 +86,6 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
         raise RunFailedError(f"the broker refused actor {name}: {error}") from None
     finally:
         engine.shutdown()
-        del engine  # while the interpreter is whole: vLLM's own clean-up fails when it is not
 
 
 def _hello(role: Any, name: str, **more: Any) -> Hello:

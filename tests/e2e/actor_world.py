@@ -23,8 +23,8 @@ from common.messages import (
     Grant,
     GroupId,
     Message,
-    Pulse,
     Publish,
+    Pulse,
     Welcome,
     decode,
     encode,
@@ -86,11 +86,11 @@ def _character_tokenizer() -> Any:
     )
 
 
-def small_recipe(model: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def small_recipe(policy: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A recipe for the tiny policy as a broker sends it; `sections` replace settings."""
     recipe: dict[str, Any] = {
         "run": {"name": "test"},
-        "model": {"path": str(model), "dtype": "float32", "max_context": 256},
+        "model": {"path": str(policy), "dtype": "float32", "max_context": 256},
         "data": {"train": "gsm-mini", "template": "no", "max_prompt_tokens": 64},
         "rollout": {"group_size": 4, "max_tokens": 32, "temperature": 1.0},
         "batch": {"questions_per_step": 4, "optimizer_steps": 1},

@@ -1,0 +1,134 @@
+"""The actor process against a scripted broker, with the real engine: what it publishes, and how it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from actor_world import EOS, ActorProcess, ScriptedBroker, alive, small_recipe, until, write_policy
+
+from common.messages import Ack, EvalJob, EvalQuestion, Refused
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(4)]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return write_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def world(policy, tmp_path, request):
+    """A broker and an actor that has joined it; `request.param` replaces settings of the recipe."""
+    broker = ScriptedBroker(small_recipe(policy, **getattr(request, "param", {})))
+    actor = ActorProcess(broker.address, tmp_path / "actor.log")
+    yield broker, actor
+    actor.end()
+    broker.close()
+
+
+def ask(broker: ScriptedBroker, prompts=PROMPTS) -> None:
+    broker.to_lease.extend({"problem": prompt, "answer": "7"} for prompt in prompts)
+
+
+def evaluation() -> EvalJob:
+    questions = [EvalQuestion(set="s", uid=p, question={"problem": p, "answer": "7"}) for p in PROMPTS]
+    return EvalJob(job=3, requested=0, questions=questions, samples=2, temperature=0.8, max_tokens=8)
+
+
+def test_publishes_what_was_sampled_through_an_outage_and_leaves_in_order(world, policy):
+    broker, actor = world
+    refusals = iter([None, None, Refused(code="not_now", reason="the commit is not here yet")])
+    broker.publish_reply = lambda message: next(refusals, Ack(status="accepted"))
+    ask(broker)
+    broker.evaluation = evaluation()
+    until(lambda: len(broker.groups) == len(PROMPTS) and broker.received["eval_result"], actor)
+
+    assert len({header.group for header, _ in broker.groups}) == len(PROMPTS)
+    for header, payload in broker.groups:
+        check_group(header, payload, policy)
+    check_evaluation(broker.received["eval_result"][0])
+    check_hello_and_heartbeats(broker)
+    family = actor.family()
+    actor.process.terminate()
+    assert actor.wait(30) == 0
+    assert broker.received["goodbye"][-1].reason == "leaving"
+    assert not alive(family)
+
+
+def check_group(header, payload, policy: Path) -> None:
+    """Sizes agree, the prompt is the question, responses end as they say."""
+    prompt, tokens, logprobs = payload
+    assert [len(part) for part in payload] == [header.prompt_tokens, *2 * [header.response_tokens]]
+    assert decode(policy, prompt) == PROMPTS[header.group.index]
+    assert header.actor == "actor"
+    assert len(header.responses) == 4
+    assert (logprobs <= 0).all()
+    assert np.isfinite(logprobs).all()
+    ends = np.cumsum([response.tokens for response in header.responses])
+    for response, end in zip(header.responses, ends, strict=True):
+        assert response.versions == [(0, response.tokens)]
+        assert (tokens[end - 1] == EOS) == (response.finish == "stop")
+        assert (response.verdict == "truncated") == (response.finish == "length")
+        assert response.finish == "stop" or response.tokens == 32
+
+
+def check_evaluation(result) -> None:
+    assert (result.job, result.version, result.era) == (3, 0, 0)
+    assert [row.uid for row in result.rows] == PROMPTS
+    assert all(len(row.sampled) == 2 for row in result.rows)
+    assert sum(row.greedy.text is not None for row in result.rows) == 4
+
+
+def check_hello_and_heartbeats(broker: ScriptedBroker) -> None:
+    observer, actor = broker.received["hello"]
+    assert (observer.role, actor.role, actor.peer, actor.run) == ("observer", "actor", "actor", "test")
+    assert len(actor.tokenizer) == 64
+    beat = broker.received["heartbeat"][-1]
+    assert {"tokens_per_s", "cpu_cores", "rss_mb", "verifier_queue"} <= set(beat.telemetry)
+    assert max(b.telemetry.get("generated_groups", 0) for b in broker.received["heartbeat"]) > 0
+
+
+def decode(policy: Path, tokens) -> str:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(policy).decode(tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    "world", [{"model": {"max_context": 512}, "rollout": {"max_tokens": 500}}], indirect=True
+)
+def test_killed_or_stopped_it_leaves_no_process(world, policy, tmp_path):
+    broker, actor = world
+    broker.publish_reply = lambda message: None  # nothing is ever acknowledged: work is always in hand
+    ask(broker)
+    until(lambda: broker.received["publish"], actor)
+    family = actor.family()
+    assert len(family) >= 2
+
+    actor.process.send_signal(signal.SIGKILL)
+    actor.wait()
+    until(lambda: not alive(family), seconds=10)
+
+
+@pytest.mark.parametrize(
+    "world", [{"model": {"max_context": 512}, "rollout": {"max_tokens": 500}}], indirect=True
+)
+def test_second_signal_ends_a_drain_and_reaches_the_engine(world):
+    broker, actor = world
+    broker.publish_reply = lambda message: None
+    ask(broker)
+    until(lambda: broker.received["publish"], actor)
+    family = actor.family()
+
+    os.killpg(actor.process.pid, signal.SIGTERM)  # as a launcher does: the engine must not hear it
+    until(lambda: any(beat.state == "draining" for beat in broker.received["heartbeat"]), actor)
+    os.killpg(actor.process.pid, signal.SIGTERM)
+    assert actor.wait(5) == 0
+    assert not alive(family)
+    assert broker.received["goodbye"][-1].reason == "leaving"
