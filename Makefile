@@ -4,7 +4,7 @@ SHELL := /usr/bin/env bash
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test nightly lint format lock bench clean
+.PHONY: help setup demo test nightly test-slurm lint format lock bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,10 @@ test: setup ## Run the tests, real engines included
 
 nightly: setup ## Run everything, the long tests too
 	@$(BIN)/python -m pytest -q -m "not slurm"
+
+test-slurm: setup ## Start a real Slurm and a real Prometheus here and test on them; installs them when root
+	@tests/slurm/install.sh
+	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q -m slurm
 
 lint: setup ## Style, types of imports, format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
