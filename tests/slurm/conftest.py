@@ -36,7 +36,8 @@ def shared(monkeypatch) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
     monkeypatch.chdir(folder)
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    if "SLIPSTREAM_KEEP" not in os.environ:  # set it to look at a failed run's files
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

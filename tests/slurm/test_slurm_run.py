@@ -95,6 +95,7 @@ def test_near_the_time_limit_a_job_saves_and_queues_again(cluster: Cluster, shar
     cluster.ask("scancel", "--batch", "--signal=USR1", str(state.head), f"{state.arrays[0]}_1")
     wait_until(lambda: seen(folder, "learner", "left"), 30, "the learner has saved and left")
     wait_until(lambda: seen(folder, "actor-1", "left"), 30, "the actor has left in order")
+    wait_until(lambda: 1 not in actors_at_work(), 30, "its task is back in the queue")
     for label in (str(state.head), f"{state.arrays[0]}_1"):
         cluster.start_again(label)
     assert_whole(folder, steps)
