@@ -150,7 +150,11 @@ class Cluster:
 
     def start_again(self, label: str) -> None:
         """Slurm lets a requeued job wait for two minutes: shorten that."""
-        wait_until(lambda: self._hastened(label), 90, f"job {label} runs again")
+        try:
+            wait_until(lambda: self._hastened(label), 90, f"job {label} runs again")
+        except AssertionError:
+            print(self.ask("squeue", "--array", "--long"), self.ask("scontrol", "show", "job", label))
+            raise
 
     def _hastened(self, label: str) -> bool:
         # Repeated, because a job that is still being cleaned up gets its delay only afterwards.

@@ -1,11 +1,12 @@
-"""`slipstream` for the cluster tests: the verbs that batch files use, with a real broker and scripted peers.
+"""`slipstream` for the tests of Slurm and systemd: the verbs that they start, with a real broker and scripted peers.
 
     python tests/slurm/program.py broker RECIPE --resume --set KEY=VALUE
     python tests/slurm/program.py actor --run FOLDER --name NAME
     python tests/slurm/program.py learner --run FOLDER --resume
 
 SIGTERM means what it means to the real workers: finish what is in hand, save, leave with exit code 0. Each
-worker notes that it was here in FOLDER/seen.jsonl.
+worker notes that it was here in FOLDER/seen.jsonl. A file FOLDER/hang-NAME makes a worker stop making progress;
+an actor has an "engine", a child in a session of its own, as vLLM's is; TEST_EXIT is the code to end with at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from broker.main import serve
 from common.recipe import load_recipe
+from common.systemd import Watchdog, notify_ready
 from deploy.folder import prepare
 from deploy.workers import _find_broker
 from tests.scripted.actor import ScriptedActor
@@ -31,11 +34,11 @@ GROUP_S = float(os.environ.get("TEST_GROUP_S", "0.05"))
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME")
 
 
-def note(folder: Path, who: str, what: str) -> None:
+def note(folder: Path, who: str, what: str, **more: int) -> None:
     """One line about a worker; whole lines of several writers do not mix (O_APPEND)."""
     names = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_RESTART_COUNT", *RENDEZVOUS)
     facts = {name: os.environ[name] for name in names if name in os.environ}
-    line = json.dumps({"who": who, "what": what, "pid": os.getpid(), "time": time.time(), **facts})
+    line = json.dumps({"who": who, "what": what, "pid": os.getpid(), "time": time.time(), **more, **facts})
     with (folder / "seen.jsonl").open("a") as file:
         file.write(line + "\n")
 
@@ -51,24 +54,34 @@ def run_broker(recipe: str, overrides: list[str]) -> int:
 def run_actor(folder: Path, name: str) -> int:
     """A scripted actor; SIGTERM drains it."""
     address, keys = _find_broker(None, str(folder), None)
+    engine = subprocess.Popen(["sleep", "100000"], start_new_session=True)
     actor = ScriptedActor(address, name, group_s=GROUP_S, keys=keys)
     signal.signal(signal.SIGTERM, lambda *_: actor.stop())
-    note(folder, name, "started")
+    note(folder, name, "started", engine=engine.pid)
+    under_systemd(folder, name)
     actor.run()
+    engine.kill()
     note(folder, name, "left")
     return 0
 
 
+def under_systemd(folder: Path, name: str) -> None:
+    """Ready, and in progress unless told to hang."""
+    notify_ready()
+    Watchdog(lambda: not (folder / f"hang-{name}").exists()).run()
+
+
 def run_learner(folder: Path) -> int:
     """Rank 0 is a scripted learner; all ranks first meet over gloo, with what srun's environment says."""
-    if int(os.environ["WORLD_SIZE"]) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         meet(folder)
-    if os.environ["RANK"] != "0":
+    if os.environ.get("RANK", "0") != "0":
         return 0
     address, keys = _find_broker(None, str(folder), None)
     learner = ScriptedLearner(address, folder / "checkpoint.json", step_s=0.1, every=3, keys=keys)
     signal.signal(signal.SIGTERM, lambda *_: learner.stop())
     note(folder, "learner", "started")
+    under_systemd(folder, "learner")
     learner.run()
     note(folder, "learner", "left")
     return 0
@@ -96,6 +109,8 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
+    if "TEST_EXIT" in os.environ:
+        return int(os.environ["TEST_EXIT"])
     if options.verb == "broker":
         return run_broker(options.recipe, options.set)
     if options.verb == "actor":
