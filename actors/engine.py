@@ -109,7 +109,7 @@ class Engine:
         Raises:
             RunFailedError: vLLM could not start it; its own words are on standard error.
         """
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import AsyncEngineArgs
 
@@ -205,7 +205,6 @@ class Engine:
 
     def shutdown(self, grace_s: float = 1.0) -> None:
         """End the engine process and its workers: by SIGTERM, and by SIGKILL what is left after `grace_s`."""
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about ends that are meant
         with suppress(Exception):  # whatever vLLM finds on the way out, the processes must go
             self.llm.shutdown(timeout=grace_s)
         for process in self._processes:

@@ -71,15 +71,18 @@ def _progress(console: Console) -> Progress:
 
 
 def show(report: Report, folder: Path) -> None:
-    """Print the table and where everything is."""
+    """Print the table (as much as fits a screen; the files have all of it) and where everything is."""
     header, *rows = report.rows()
+    tries = [name for name in header if name.startswith("pass@")]
+    hidden = {"longest", "unverified", *tries[:-1]}
+    shown = [index for index, name in enumerate(header) if name not in hidden]
     table = Table()
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for index, row in enumerate(rows):
-        if index == len(rows) - 1:
-            table.add_section()
-        table.add_row(*row)
+    for index in shown:
+        table.add_column(header[index], justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows[:-1]:
+        table.add_row(*(row[index] for index in shown))
+    table.add_section()
+    table.add_row(*(rows[-1][index] for index in shown))
     console = Console()
     console.print(table)
     console.print(f"answers and table: {folder}")

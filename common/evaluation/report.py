@@ -7,9 +7,11 @@ tokens; shares are of responses.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.evaluation.answers import Answer, Response
@@ -58,19 +60,20 @@ class Report:
         """Flat names for a tracker: `accuracy/SET`, `pass_at_8/SET`, ..., `accuracy/average`."""
         flat = {"accuracy/average": self.average.mean}
         for result in self.sets:
-            flat[f"accuracy/{result.name}"] = result.accuracy.mean
-            flat |= {f"pass_at_{k}/{result.name}": value for k, value in result.pass_at.items() if k > 1}
-            for name in ("tokens_mean", "formatted", "truncated", "unverified"):
-                flat[f"{name}/{result.name}"] = float(getattr(result, name))
+            name = short_name(result.name)
+            flat[f"accuracy/{name}"] = result.accuracy.mean
+            flat |= {f"pass_at_{k}/{name}": value for k, value in result.pass_at.items() if k > 1}
+            for meter in ("tokens_mean", "formatted", "truncated", "unverified"):
+                flat[f"{meter}/{name}"] = float(getattr(result, meter))
         return flat
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text, header first, average last."""
         ks = sorted({k for result in self.sets for k in result.pass_at if k > 1})
-        header = ("set", "questions", "accuracy", "95 % interval", *(f"pass@{k}" for k in ks))
+        header = ("set", "n", "accuracy", "95 %", *(f"pass@{k}" for k in ks))
         lines = [(*header, "tokens", "longest", "formatted", "truncated", "unverified")]
         lines += [_text_row(result, ks) for result in self.sets]
-        bounds = f"{100 * self.average.low:.1f} - {100 * self.average.high:.1f}"
+        bounds = f"{100 * self.average.low:.1f}-{100 * self.average.high:.1f}"
         blank = ("",) * (len(ks) + 5)
         lines.append(
             ("average", str(_questions(self.sets)), f"{100 * self.average.mean:.1f}", bounds, *blank)
@@ -120,6 +123,11 @@ def _set_result(name: str, group: Sequence[Answer], seed: int, resamples: int) -
     )
 
 
+def short_name(name: str) -> str:
+    """A set's name for tables and trackers: of a file or folder its stem, of a hub id its last part."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(name).stem if "/" in name else name)
+
+
 def is_correct(response: Response) -> bool:
     """Whether a response counts as right."""
     return response.verdict == "correct"
@@ -153,10 +161,10 @@ def _text_row(result: SetResult, ks: Sequence[int]) -> tuple[str, ...]:
     passes = tuple(f"{100 * result.pass_at[k]:.1f}" if k in result.pass_at else "" for k in ks)
     shares = (result.formatted, result.truncated, result.unverified)
     return (
-        result.name,
+        short_name(result.name),
         str(result.questions),
         f"{100 * result.accuracy.mean:.1f}",
-        f"{low} - {high}",
+        f"{low}-{high}",
         *passes,
         f"{result.tokens_mean:.1f}",
         str(result.tokens_max),
