@@ -1,7 +1,8 @@
 """Which policy the engine holds: (era, version).
 
 Invariant: `version` and `era` change together, at a commit, to those of the weights that were committed; an
-address that is merely announced changes nothing yet. The base model is version 0 of era 0.
+address that is merely announced changes nothing yet. The base model, which an engine starts with, is version 0
+of every era: until the first commit the era follows the announcements.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Policy:
     def announce(self, weights: WeightsAddress) -> None:
         """Weights of `weights.era` come from the publisher with this token."""
         self._eras[weights.token] = weights.era
+        if not self.commits:
+            self.era = weights.era
         while len(self._eras) > _REMEMBERED:
             self._eras.pop(next(iter(self._eras)))
 

@@ -124,7 +124,7 @@ class Rollout:
         self._prompts, self._scorer, self._policy, self._weights = prompts, scorer, policy, weights
         self._meters, self._sampling, self._limits = meters, sampling, limits
         self._on_evaluation = on_evaluation
-        self._groups: dict[GroupId, asyncio.Task[None]] = {}
+        self._groups: dict[tuple[GroupId, int], asyncio.Task[None]] = {}  # by group and lease
         self._generating = 0
         self._progress = asyncio.Event()
         self._draining = False
@@ -135,7 +135,7 @@ class Rollout:
     @property
     def leases(self) -> list[GroupId]:
         """Groups in hand."""
-        return list(self._groups)
+        return list(dict.fromkeys(group for group, _ in self._groups))
 
     @property
     def backlog(self) -> int:
@@ -220,14 +220,16 @@ class Rollout:
             self.waiting = Waiting(whom, time.monotonic())
 
     def _start(self, assignment: Assignment) -> None:
-        if assignment.group in self._groups:
+        # A group may come back under a new lease while the answer to its old one is still on its way.
+        key = (assignment.group, assignment.lease)
+        if key in self._groups:
             return  # the reply to a lease that was sent twice
         task = asyncio.create_task(self._answer(assignment), name=f"group {assignment.group}")
-        self._groups[assignment.group] = task
-        task.add_done_callback(lambda done: self._ended(assignment.group, done))
+        self._groups[key] = task
+        task.add_done_callback(lambda done: self._ended(key, done))
 
-    def _ended(self, group: GroupId, task: asyncio.Task[None]) -> None:
-        self._groups.pop(group, None)
+    def _ended(self, key: tuple[GroupId, int], task: asyncio.Task[None]) -> None:
+        self._groups.pop(key, None)
         self._progress.set()
         if task.cancelled():
             return
