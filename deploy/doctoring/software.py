@@ -59,7 +59,8 @@ def check_packages(
     missing = [name for name in (*NEEDED, engine) if name not in found]
     if missing:
         yield problem("packages", f"not installed: {', '.join(missing)}", "run `make setup`")
-    yield from _misfits(found, cpu_build)
+    misfits = list(_misfits(found, cpu_build))
+    yield from misfits
     pins = pinned((constraints or REPOSITORY / "constraints") / f"{kind}.txt")
     pins.setdefault("torch", TORCH_OF_CPU_BUILD)
     others = {
@@ -76,7 +77,7 @@ def check_packages(
             f"other versions than constraints/{kind}.txt (in brackets): {text}{more}",
             "run `make setup`, or test this set yourself before a long run",
         )
-    if not missing and not others:
+    if not missing and not misfits and not others:
         shown = ", ".join(f"{name} {found[name]}" for name in ("torch", engine, "deepspeed", "transformers"))
         yield ok("packages", f"{kind} install as in constraints/{kind}.txt: {shown}")
 
