@@ -145,23 +145,13 @@ class Cluster:
     def requeue(self, label: str) -> None:
         """Lose a job without warning, as in preemption or a node's failure, and let it start again at once."""
         self.ask("scontrol", "requeue", label)
-        wait_until(lambda: "RUNNING" not in self._state(label), 30, f"job {label} is taken off its node")
         self.start_again(label)
 
     def start_again(self, label: str) -> None:
-        """Slurm lets a requeued job wait for two minutes: shorten that."""
-        try:
-            wait_until(lambda: self._hastened(label), 90, f"job {label} runs again")
-        except AssertionError:
-            print(self.ask("squeue", "--array", "--long"), self.ask("scontrol", "show", "job", label))
-            raise
-
-    def _hastened(self, label: str) -> bool:
-        # Repeated, because a job that is still being cleaned up gets its delay only afterwards.
-        state = self._state(label)
-        if "PENDING" in state:
-            self.ask("scontrol", "update", f"JobId={label}", "StartTime=now")
-        return "RUNNING" in state
+        """Slurm lets a requeued job wait for two minutes, to be sure that nothing of it is left: be faster."""
+        wait_until(lambda: "PENDING" in self._state(label), 60, f"job {label} is back in the queue")
+        time.sleep(3.0)  # a late word of its old script would be taken for the new one's
+        self.ask("scontrol", "update", f"JobId={label}", "StartTime=now")
 
     def _state(self, label: str) -> str:
         return self.ask("squeue", "--noheader", f"--jobs={label}", "--format=%T")
