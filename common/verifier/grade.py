@@ -33,6 +33,7 @@ from .freeform import final_answer
 from .nodes import Node
 from .normalise import MAX_CHARS, is_words, normalise, text_key
 from .parse import parse_answer
+from .scalars import decimal_literal
 from .tokens import ParseError
 from .verdict import Verdict, correct, unformatted, wrong
 
@@ -117,7 +118,7 @@ class Reading:
 
 
 _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
-_DECIMAL_COMMA = re.compile(r"^[^\d(\[{]*\d+,\d+$")
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d{2,}")
 
 
 def _trees(text: str) -> tuple[tuple[str, Node], ...]:
@@ -126,7 +127,7 @@ def _trees(text: str) -> tuple[tuple[str, Node], ...]:
     readings: list[tuple[str, dict[str, bool]]] = [("grouped", {})]
     if _GROUPED.search(text):
         readings.append(("list", {"grouping": False}))
-    if _DECIMAL_COMMA.match(text):
+    if _DECIMAL_COMMA.fullmatch(text):
         readings.append(("comma", {"grouping": False, "decimal_comma": True}))
     for name, options in readings:
         try:
@@ -214,6 +215,8 @@ def _trees_equal(response: Reading, gold: Reading, *, lenient: bool) -> bool:
     mine, theirs = dict(response.trees), dict(gold.trees)
     for name in {*mine, *theirs}:
         a, b = mine.get(name, mine.get("grouped")), theirs.get(name, theirs.get("grouped"))
+        if name == "comma" and not all(n is not None and decimal_literal(n) for n in (a, b)):
+            continue  # `-3,00` is -3.00 only against another decimal, else a list
         try:
             if a is not None and b is not None and equal(b, a, lenient=lenient):
                 return True

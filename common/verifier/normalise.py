@@ -67,7 +67,7 @@ _TAIL = " \t.。,;:\\"
 _TEXTUAL = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox|bm|boldsymbol|operatorname\*?|emph|textnormal|mathnormal)\s*\{([^{}]*)\}"
 )
-_NOT_WORD = re.compile(r"[\s\\{}$.]+")
+_NOT_WORD = re.compile(r"[\s{}$.]+")
 
 
 def _plain(text: str) -> str:
