@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,8 @@ def broker(
     tracker = _start_tracker(folder)
     try:
         code = serve(loaded, run_folder=folder, resume=resume)
-        _await(tracker)
+        if _has_ended(folder):  # after an interruption the run goes on, and so does its tracking
+            _await(tracker)
     finally:
         if tracker.poll() is None:
             tracker.kill()
@@ -87,6 +89,13 @@ def _start_tracker(folder: Path) -> subprocess.Popen:
         stdin=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )
+
+
+def _has_ended(folder: Path) -> bool:
+    from common.tracking.spool import read_spool
+
+    newest = deque(read_spool(folder / "metrics.jsonl"), maxlen=1)
+    return bool(newest) and newest[0].kind == "end"
 
 
 def _await(tracker: subprocess.Popen) -> None:
