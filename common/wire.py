@@ -3,7 +3,7 @@
 Invariant: a request is answered exactly once to its caller, or the caller gets an error that says why; no wait
 is without a deadline unless the caller asks for that, and then it says every few seconds whom it waits for.
 Requests are idempotent, so a lost reply, a restarted broker or a reconnect are all cured the same way: say
-Hello again if the broker does not know us, and send the same request once more.
+Hello again if the broker does not know us, and send the same request once more, under the same number.
 
 A broker that comes back elsewhere (a requeued job, another free port) is followed: where a peer was given the
 file in which the broker announces itself, it looks there again whenever no answer comes.
@@ -181,12 +181,12 @@ class Client:
     def _request(self, message: Message, payload: Buffers, timeout_s: float | None, hold_s: float) -> Reply:
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
+        number = next(self._numbers)  # the same at every attempt: a late answer is an answer
         while True:
-            number = next(self._numbers)
             self._send([encode(message, number), *payload])
             reply = self._await(number, _attempt_seconds(started, timeout_s, hold_s))
             if reply is None:
-                notice = _still_waiting(self.address, message, started, timeout_s, notice)
+                notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
             elif isinstance(reply.message, Refused):
                 if reply.message.code != "unknown_peer" or isinstance(message, Hello):
@@ -242,10 +242,12 @@ class AsyncClient:
             self._reader = asyncio.create_task(self._read_replies(), name="wire-reader")
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
+        number = next(self._numbers)  # the same at every attempt: a late answer is an answer
         while True:
-            reply = await self._attempt(message, payload, _attempt_seconds(started, timeout_s, hold_s))
+            attempt_s = _attempt_seconds(started, timeout_s, hold_s)
+            reply = await self._attempt(message, payload, number, attempt_s)
             if reply is None:
-                notice = _still_waiting(self.address, message, started, timeout_s, notice)
+                notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
             elif isinstance(reply.message, Refused):
                 if reply.message.code != "unknown_peer" or isinstance(message, Hello):
@@ -255,8 +257,9 @@ class AsyncClient:
             else:
                 return reply
 
-    async def _attempt(self, message: Message, payload: Buffers, timeout_s: float) -> Reply | None:
-        number = next(self._numbers)
+    async def _attempt(
+        self, message: Message, payload: Buffers, number: int, timeout_s: float
+    ) -> Reply | None:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
