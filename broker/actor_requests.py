@@ -51,11 +51,15 @@ class ActorRequests:
     def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
         self._state, self._outbox, self._ending = state, outbox, ending
         self._waiting: dict[bytes, Waiting] = {}
+        self._last_grant: dict[str, tuple[Origin, Grant]] = {}  # per actor
 
     # --- leases --------------------------------------------------------------------------------------------
 
     def lease(self, origin: Origin, peer: Peer, message: Lease, now: float) -> None:
-        """Grant what can be granted at once, else wait."""
+        """Grant what can be granted at once, else wait. Asked again for the same: the same answer again."""
+        if (last := self._last_grant.get(peer.name)) is not None and last[0] == origin:
+            self._outbox.reply(origin, last[1], durable=True)
+            return
         wait_s = min(message.wait_s, ENDING_HOLD_S) if self._ending.reason else message.wait_s
         waiting = Waiting(origin, peer.name, message, now + wait_s)
         self._waiting.pop(origin.connection, None)
@@ -82,6 +86,7 @@ class ActorRequests:
         """An actor is gone: so are its waiting requests."""
         for connection in [c for c, waiting in self._waiting.items() if waiting.actor == actor]:
             del self._waiting[connection]
+        self._last_grant.pop(actor, None)
 
     def _may_get_work(self, era: int, version: int) -> bool:
         if not self._state.ledger.exists(era, version):
@@ -102,7 +107,7 @@ class ActorRequests:
         if groups and state.first_lease_time is None:
             state.first_lease_time = time.time()
             state.changed = True
-        self._send_grant(waiting.origin, groups, job)
+        self._send_grant(waiting, groups, job)
         return True
 
     def _share(self, waiting: Waiting) -> int:
@@ -112,7 +117,7 @@ class ActorRequests:
         fair = math.ceil(window / max(1, len(self._state.members.living("actor"))))
         return max(0, min(waiting.message.capacity, fair - self._state.ledger.held_by(waiting.actor)))
 
-    def _send_grant(self, origin: Origin, groups: Sequence[Group], job: EvalJob | None) -> None:
+    def _send_grant(self, waiting: Waiting, groups: Sequence[Group], job: EvalJob | None) -> None:
         state = self._state
         assignments = [
             Assignment(
@@ -124,7 +129,9 @@ class ActorRequests:
             )
             for group in groups
         ]
-        self._outbox.reply(origin, Grant(groups=assignments, evaluation=job), durable=True)
+        grant = Grant(groups=assignments, evaluation=job)
+        self._last_grant[waiting.actor] = (waiting.origin, grant)
+        self._outbox.reply(waiting.origin, grant, durable=True)
 
     def _why_not(self, message: Lease) -> str:
         state, ledger = self._state, self._state.ledger

@@ -82,6 +82,30 @@ def test_lost_answer_is_asked_for_again(start: Callable[[Handler], TinyBroker]) 
     client.close()
 
 
+def test_a_late_answer_is_an_answer(start: Callable[[Handler], TinyBroker]) -> None:
+    """Answered only when asked again: the answer to the first attempt must count, under its number."""
+    numbers: list[int] = []
+
+    class Late(TinyBroker):
+        def run(self) -> None:
+            while not self.ending.is_set():
+                if self.socket.poll(20):
+                    identity, header = self.socket.recv_multipart()
+                    numbers.append(m.decode(header)[1])
+                    if len(numbers) == 2:
+                        self.socket.send_multipart([identity, m.encode(m.Ack(), numbers[0])])
+            self.socket.close()
+
+    broker = Late(lambda message, payload: None)
+    broker.start()
+    client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
+    assert client.request(m.Goodbye(reason="x"), timeout_s=10).message == m.Ack()
+    assert numbers == [numbers[0]] * 2
+    client.close()
+    broker.ending.set()
+    broker.join()
+
+
 def test_unknown_peer_says_hello_and_sends_again(start: Callable[[Handler], TinyBroker]) -> None:
     known: list[bool] = []
 
