@@ -46,7 +46,7 @@ class HonestModel(RuleBasedStateMachine):
 
     @initialize(
         staleness=st.integers(0, 3),
-        per_step=st.integers(1, 3),
+        per_step=st.integers(1, 2),
         questions=st.integers(3, 12),
         epochs=st.integers(1, 3),
         zero_variance=st.sampled_from(["count", "train", "refill"]),
@@ -93,12 +93,17 @@ class HonestModel(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.finished)
     @rule()
     def nothing_is_left_to_do(self) -> None:
-        assert self.ledger.lease("a", 10, era=self.ledger.era, version=self.ledger.version, now=self.now) == []
+        assert (
+            self.ledger.lease("a", 10, era=self.ledger.era, version=self.ledger.version, now=self.now) == []
+        )
 
-    @precondition(lambda self: self.actors and not self.ledger.finished)
+    def may_lease(self) -> list[str]:
+        return [name for name, actor in self.actors.items() if self.ledger.room(actor.version)]
+
+    @precondition(lambda self: self.may_lease())
     @rule(data=st.data(), capacity=st.integers(1, 4))
     def lease(self, data: st.DataObject, capacity: int) -> None:
-        name = data.draw(st.sampled_from(sorted(self.actors)))
+        name = data.draw(st.sampled_from(self.may_lease()))
         actor = self.actors[name]
         granted = self.ledger.lease(name, capacity, era=actor.era, version=actor.version, now=self.now)
         assert len(granted) <= capacity
@@ -132,7 +137,11 @@ class HonestModel(RuleBasedStateMachine):
 
     # --- learner -------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.ledger.next_step <= self.ledger.step + 1 and not self.ledger.finished)
+    def may_take(self) -> bool:
+        ready = len(self.ledger._ready) >= self.rules.groups_per_step
+        return ready and self.ledger.next_step <= self.ledger.step + 1 and not self.ledger.finished
+
+    @precondition(lambda self: self.may_take())
     @rule()
     def take(self) -> None:
         step = self.ledger.next_step
@@ -298,13 +307,13 @@ def assert_equal(one: Ledger, other: Ledger) -> None:
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 LedgerModel.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=SLOW
+    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=SLOW
 )
 JournalModel.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=SLOW
+    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=SLOW
 )
 HonestModel.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=SLOW
+    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=SLOW
 )
 TestLedger = LedgerModel.TestCase
 TestJournal = JournalModel.TestCase

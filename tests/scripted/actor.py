@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import wire
 from common.messages import (
     Assignment,
     EvalJob,
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    wire.ATTEMPT_S = 0.5  # a request that a killed broker swallowed is sent again soon
     ScriptedActor(
         options.address,
         options.name,

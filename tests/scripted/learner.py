@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from common import wire
 from common.messages import (
     Batch,
     Commit,
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.01)
     parser.add_argument("--every", type=int, default=2)
     options = parser.parse_args()
+    wire.ATTEMPT_S = 0.5  # a request that a killed broker swallowed is sent again soon
     ScriptedLearner(options.address, options.checkpoint, step_s=options.step_s, every=options.every).run()
 
 
