@@ -140,8 +140,10 @@ def _record(line: bytes) -> tuple[Record, str | None]:
         return record, "the field 'response' is not a string"
     try:
         gold_texts(record["gold"])
-    except (UserError, RecursionError) as error:
+    except UserError as error:
         return record, str(error)
+    except RecursionError:
+        return record, "the field 'gold' is nested too deeply"
     return record, None
 
 

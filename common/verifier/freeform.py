@@ -12,11 +12,11 @@ import re
 _TAIL_CHARS = 4000
 _NOISE = re.compile(r"<\|[^|]{1,40}\|>.*|I hope it is correct\.?|</s>.*", re.DOTALL)
 _ANNOUNCED = re.compile(
-    r"(?:final answer|answer|réponse|respuesta|antwort|答案)\s*(?:is for sure|is for certain|is|est|es|ist|是|为|:|：)?"
-    r"\s*[:：]?\s*",
+    r"(?:final answer|answer|réponse|respuesta|antwort|答案)\s*"
+    r"(?:(?:is for sure|is for certain|is|est|es|ist|是|为)\b\s*[:：]?|[:：]|(?=[$\\\d-]))\s*",
     re.IGNORECASE,
 )
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,^_/])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.,]\d+)?(?:/\d+)?(?![\d^])\s*\\?%?")
 _CHOICE = re.compile(r"^\W*\(?([A-J])\)?(?=[\s.,:;)。，不]|$)(?!\s*[=+*/^])")
 _SENTENCE = re.compile(r"(?<=[.。!?])\s+|\n+|(?<=。)")

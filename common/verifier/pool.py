@@ -100,6 +100,7 @@ class VerifierPool:
         self.reward = reward
         self._cache: OrderedDict[Key, Verdict] = OrderedDict()
         self._cache_size = cache_size
+        self._pending: set[Future] = set()
         self._window = 8 * workers
         self._pool = ProcessPool(
             max_workers=workers,
@@ -182,9 +183,12 @@ class VerifierPool:
 
     def _submit(self, function: Any, *args: Any) -> Verdict | Future:
         try:
-            return self._pool.submit(function, self.deadline_s, *args)
+            future = self._pool.submit(function, self.deadline_s, *args)
         except RuntimeError as error:  # closed, or its workers cannot start
             return unverified(f"the verifier's pool is closed: {error}")
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
 
     def _collect(self, key: Key | None, pending: Verdict | Future) -> Verdict:
         """Waits for a task; whatever went wrong becomes `unverified`."""
@@ -211,6 +215,8 @@ class VerifierPool:
 
     def close(self) -> None:
         """Stops the workers at once; tasks still waiting become `unverified`. Closing twice is harmless."""
+        for future in tuple(self._pending):  # pebble leaves them unanswered for ever
+            future.cancel()
         self._pool.stop()
         self._pool.join()
 

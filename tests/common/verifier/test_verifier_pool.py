@@ -77,24 +77,24 @@ def test_a_cancelled_caller_leaves_the_pool_working() -> None:
     assert asyncio.run(main()).verdict is Outcome.CORRECT
 
 
-@pytest.mark.parametrize(
-    ("response", "reason"),
-    [
-        ("raise", "no such luck"),
-        ("hang", "deadline"),
-        ("exit", "exit code 3"),
-        ("nan", "not a finite number"),
-        ("text", "not a finite number"),
-        ("none", "not a finite number"),
-        ("odd", "unknown verdict"),
-    ],
-)
-def test_a_broken_reward_is_unverified_and_the_pool_goes_on(response: str, reason: str) -> None:
+BROKEN = {
+    "raise": "no such luck",
+    "hang": "deadline",
+    "exit": "exit code 3",
+    "nan": "not a finite number",
+    "text": "not a finite number",
+    "none": "not a finite number",
+    "odd": "unknown verdict",
+}
+
+
+def test_a_broken_reward_is_unverified_and_the_pool_goes_on() -> None:
     with VerifierPool(workers=1, deadline_s=0.5, reward="reward_functions:by_name") as pool:
-        broken, good = pool.grade_many([(response, {}), ("fine", {})])
-    assert broken.verdict is Outcome.UNVERIFIED
-    assert broken.reward == 0.0
-    assert reason in (broken.reason or "")
+        *broken, good = pool.grade_many([(response, {}) for response in (*BROKEN, "fine")])
+    for verdict, reason in zip(broken, BROKEN.values(), strict=True):
+        assert verdict.verdict is Outcome.UNVERIFIED
+        assert verdict.reward == 0.0
+        assert reason in (verdict.reason or "")
     assert good.verdict is Outcome.CORRECT
 
 
