@@ -95,10 +95,13 @@ BENCHMARKS = ("mini-aime", "mini-amc", "mini-math", "mini-minerva", "mini-olympi
 
 
 def minimath(name: str, *, limit: int | None = None, seed: int = 0) -> list[Question]:
-    """The questions of a named set, all different, in an order that depends only on `seed`.
+    """The questions of a named set, all different; `limit` keeps the first ones.
+
+    The default seed gives the set that is meant by its name; another seed draws another sample from the same
+    hash range.
 
     Raises:
-        UserError: unknown set, or `limit` above what the set holds.
+        UserError: unknown set.
     """
     if name not in SETS:
         raise UserError(f"unknown MiniMath set '{name}'; valid ones: {', '.join(SETS)}")
