@@ -118,7 +118,7 @@ class Engine:
         os.environ[ACTOR_PID_VARIABLE] = str(os.getpid())
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the recipe
         try:
-            config = AsyncEngineArgs(**_for_this_device(arguments)).create_engine_config()
+            config = AsyncEngineArgs(**for_this_device(arguments)).create_engine_config()
             if _fork_is_safe(config):
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
             self.llm = OwnedLLM.from_vllm_config(config, disable_log_stats=True)
@@ -211,7 +211,7 @@ class Engine:
             process.kill()
 
 
-def _for_this_device(arguments: dict[str, Any]) -> dict[str, Any]:
+def for_this_device(arguments: dict[str, Any]) -> dict[str, Any]:
     """Executor everywhere; on the CPU also KV cache size, block size and no compilation."""
     from vllm.platforms import current_platform
 

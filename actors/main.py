@@ -194,6 +194,7 @@ class Actor:
     async def live(self) -> Way:
         """Roll out until told to leave; returns the way it left: "drain" or "stop"."""
         self._hear_signals()
+        await self._scorer.warm_up()
         await self._follow(self._welcome.weights)
         jobs = [self._weights.run(), self._heart.beat(), self._engine.watch(), self._rollout.run()]
         tasks = [asyncio.create_task(job) for job in jobs]

@@ -38,6 +38,10 @@ class Scorer:
         self._grader = grader
         self.waiting = 0
 
+    async def warm_up(self) -> None:
+        """Start the verifier's processes, which import for seconds, before the first response needs them."""
+        await self._grader.grade(r"\boxed{1/2}", {"problem": "", "answer": "0.5"})
+
     async def score(self, question: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
         """Scores of all samples of a question, in order."""
         return list(await asyncio.gather(*(self._one(question, sample) for sample in samples)))

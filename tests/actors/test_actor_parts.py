@@ -1,0 +1,170 @@
+"""The actor's small parts: prompts, policy, scores, meters, evaluation, heart, joining and leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
+
+from actors import main as actor_main
+from actors.evaluation import TEXTS_PER_SET, Evaluator
+from actors.heart import Heart
+from actors.meters import Meters
+from actors.policy import Policy
+from actors.prompts import tokenizer_digest
+from actors.scoring import Score, Scorer
+from common.errors import RunFailedError, UserError
+from common.messages import EvalJob, EvalQuestion, Heartbeat, Pulse, Refused, WeightsAddress
+from common.wire import BrokerUnreachable, RefusedError, Reply
+
+
+class TestPrompts:
+    def test_one_beginning_of_sequence_token(self):
+        assert prompts().encode("ab") == [1, 97, 98]
+
+    def test_not_two_when_the_template_writes_one(self):
+        assert prompts().encode("<s>ab") == [1, 97, 98]
+
+    def test_digest_tells_vocabularies_apart(self):
+        class Tokenizer:
+            def __init__(self, vocabulary):
+                self.get_vocab = lambda: vocabulary
+
+        one = tokenizer_digest(Tokenizer({"a": 0, "b": 1}))
+        assert one == tokenizer_digest(Tokenizer({"b": 1, "a": 0}))
+        assert one != tokenizer_digest(Tokenizer({"a": 1, "b": 0}))
+
+
+class TestPolicy:
+    def test_changes_at_a_commit_and_not_at_an_announcement(self):
+        policy = Policy()
+        policy.announce(WeightsAddress(address="gloo://h:1/t1", token="t1", era=1))
+        policy.committed(4, "t1")
+        policy.announce(WeightsAddress(address="gloo://h:1/t2", token="t2", era=2))
+        assert (policy.version, policy.era) == (4, 1)
+        policy.committed(5, "t1")  # the push of the old publisher was still under way
+        assert (policy.version, policy.era) == (5, 1)
+        policy.committed(4, "t2")
+        assert (policy.version, policy.era) == (4, 2)
+
+    def test_the_base_model_is_version_0_of_every_era(self):
+        policy = Policy()
+        policy.announce(WeightsAddress(address="gloo://h:1/t1", token="t1", era=1))
+        assert (policy.version, policy.era) == (0, 1)
+
+    def test_forgets_old_publishers(self):
+        policy = Policy()
+        for era in range(1000):
+            policy.announce(WeightsAddress(address=f"gloo://h:1/{era}", token=str(era), era=era))
+        assert len(policy._eras) < 20
+
+
+class TestScores:
+    def test_a_truncated_response_earns_nothing_unseen(self):
+        grader = FakeGrader()
+        scorer = Scorer(grader)
+        samples = [a_sample(text="right", finish="length"), a_sample(text="right"), a_sample(text="no")]
+        scores = asyncio.run(scorer.score({"answer": "2"}, samples))
+        assert scores == [Score("truncated", 0.0), Score("correct", 1.0), Score("wrong", 0.0)]
+        assert (grader.asked, scorer.waiting) == (2, 0)
+
+    def test_meters_count_verdicts_and_rates(self):
+        meters = Meters()
+        meters.generated([a_sample(3), a_sample(5)], 0.5)
+        meters.scored([Score("correct", 1.0), Score("truncated", 0.0)], 0.1)
+        first = meters.report()
+        assert first["generated_tokens"] == 8
+        assert first["verdict_correct"] == first["verdict_truncated"] == 1
+        assert first["tokens_per_s"] > 0
+        second = meters.report()
+        assert second["tokens_per_s"] == 0
+        assert second["generated_tokens"] == 8
+
+
+class TestEvaluation:
+    def job(self, questions: int, samples: int = 2) -> EvalJob:
+        rows = [
+            EvalQuestion(set="s", uid=str(i), question={"problem": "1+1=", "answer": "2"})
+            for i in range(questions)
+        ]
+        return EvalJob(job=9, requested=3, questions=rows, samples=samples, temperature=0.5, max_tokens=8)
+
+    def evaluator(self, weights: FakeWeights) -> Evaluator:
+        policy = Policy()
+        policy.era = 2
+        return Evaluator(FakeEngine(), prompts(), Scorer(FakeGrader()), policy, weights)
+
+    def test_answers_every_question_in_order_at_the_pinned_version(self):
+        weights = FakeWeights(version=6)
+        result = asyncio.run(self.evaluator(weights).answer(self.job(10)))
+        assert (result.job, result.version, result.era) == (9, 6, 2)
+        assert [row.uid for row in result.rows] == [str(i) for i in range(10)]
+        assert [len(row.sampled) for row in result.rows] == [2] * 10
+        assert sum(row.greedy.text is not None for row in result.rows) == TEXTS_PER_SET
+        assert weights.pins == 0
+
+    def test_weights_are_pinned_for_generation_only(self):
+        weights = FakeWeights()
+        pins: list[int] = []
+
+        class Grader(FakeGrader):
+            async def grade(self, response, question):
+                pins.append(weights.pins)
+                return await super().grade(response, question)
+
+        evaluator = Evaluator(FakeEngine(), prompts(), Scorer(Grader()), Policy(), weights)
+        asyncio.run(evaluator.answer(self.job(2)))
+        assert set(pins) == {0}
+
+    def test_greedy_only_and_too_long(self):
+        job = self.job(1, samples=0)
+        long = EvalQuestion(set="s", uid="long", question={"problem": "9" * 200, "answer": "2"})
+        job = job.model_copy(update={"questions": [*job.questions, long]})
+        rows = asyncio.run(self.evaluator(FakeWeights()).answer(job)).rows
+        assert rows[0].sampled == []
+        assert (rows[1].greedy.verdict, rows[1].greedy.tokens) == ("truncated", 0)
+
+
+class TestHeart:
+    def beat(self, replies):
+        pulses: list[Pulse] = []
+
+        class Wire:
+            async def request(self, message, *, timeout_s):
+                reply = next(replies)
+                if isinstance(reply, Exception):
+                    raise reply
+                return Reply(reply, [])
+
+        async def on_pulse(pulse):
+            pulses.append(pulse)
+
+        heart = Heart(Wire(), 0.0, lambda: Heartbeat(state="generating"), on_pulse)
+        with pytest.raises(RefusedError):
+            asyncio.run(heart.beat())
+        return pulses
+
+    def test_survives_an_outage_and_ends_when_shut_out(self, caplog):
+        pulse = Pulse(step=1, version=1, era=0, weights=None, command="run")
+        shut_out = RefusedError(Refused(code="shut_out", reason="bad messages"))
+        with caplog.at_level(logging.WARNING):
+            pulses = self.beat(iter([pulse, BrokerUnreachable("no answer"), pulse, shut_out]))
+        assert len(pulses) == 2
+        assert "work in hand is kept" in caplog.text
+
+
+class TestJoining:
+    def test_nobody_at_the_address(self, monkeypatch):
+        monkeypatch.setattr(actor_main, "JOIN_S", 0.05)
+        with pytest.raises(UserError, match=r"^--join: no answer from the broker at tcp://127.0.0.1:1 "):
+            actor_main.run_actor("127.0.0.1:1", name="a")
+
+    def test_refused_by_the_broker(self, monkeypatch):
+        def refuse(self, timeout_s):
+            raise RefusedError(Refused(code="incompatible", reason="another version"))
+
+        monkeypatch.setattr(actor_main.Client, "connect", refuse)
+        with pytest.raises(RunFailedError, match="another version"):
+            actor_main.run_actor("127.0.0.1:1", name="a")
