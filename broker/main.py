@@ -96,8 +96,9 @@ def open_run(
     ledger = journal.load(rules_of(recipe, len(questions)))
     state = RunState(recipe, folder, questions, held_out, journal, ledger)
     if ledger is not None:
-        ledger.restart_clocks(time.monotonic())
-        state.restore(journal.meta("extra"))
+        now = time.monotonic()
+        ledger.restart_clocks(now)
+        state.restore(journal.meta("extra"), now)
     return state
 
 

@@ -138,6 +138,10 @@ class Members:
         self.peers[hello.peer].seen = now
         return self.peers[hello.peer]
 
+    def expect(self, name: str, host: str, pid: int, software: str, *, now: float) -> None:
+        """An actor that was in the run before the broker restarted: it has leases and will say Hello again."""
+        self.peers[name] = Peer(name, "actor", host, pid, software, joined=time.time(), seen=now)
+
     def disconnect(self, name: str) -> None:
         """Forget the connections of a peer: they must say Hello again."""
         for connection in [c for c, peer in self._connections.items() if peer == name]:

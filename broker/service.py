@@ -198,6 +198,7 @@ class Service:
         was_in = state.members.alive(hello.peer)
         peer = state.members.join(origin.connection, hello, now)
         if not was_in and peer.role != "observer":
+            state.changed = True
             state.event(f"{peer.role} {peer.name} joined from {peer.host}")
         self._welcome(origin)
 
@@ -262,6 +263,7 @@ class Service:
         state.members.leave(peer, f"{outcome}: {reason}")
         if peer.role == "observer":
             return
+        state.changed = True
         lost = state.ledger.drop_actor(peer.name, f"actor {outcome}") if peer.role == "actor" else 0
         state.evaluations.drop_actor(peer.name)
         self.actors.forget(peer.name)

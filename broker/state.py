@@ -150,12 +150,17 @@ class RunState:
             "last_train": self.last_train,
             "first_lease_time": self.first_lease_time,
             "last_commit_time": self.last_commit_time,
+            "actors": [
+                [peer.name, peer.host, peer.pid, peer.software] for peer in self.members.living("actor")
+            ],
             "evaluations": self.evaluations.state(),
             "meters": self.meters.state(),
         }
 
-    def restore(self, extra: dict[str, Any]) -> None:
-        """As saved by `extra`."""
+    def restore(self, extra: dict[str, Any], now: float) -> None:
+        """As saved by `extra`. Actors are taken to live on until they are silent for too long, as ever."""
+        for actor in extra["actors"]:
+            self.members.expect(*actor, now=now)
         self.tokenizer, self.pinned = extra["tokenizer"], extra["pinned"]
         self.weights = WeightsAddress(**extra["weights"]) if extra["weights"] else None
         self.last_train = extra["last_train"]
