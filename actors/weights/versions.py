@@ -9,6 +9,7 @@ consumer, or without the drain, was seen to be wrong whenever the front end lagg
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,8 @@ class TokenVersions:
 
 
 def _labels_tokens() -> bool:
-    """Whether this vLLM records the version of every token."""
-    from vllm.outputs import CompletionOutput
-
-    return "weight_versions" in getattr(CompletionOutput, "__dataclass_fields__", {})
+    """Whether this vLLM records the version of every token. Where there is an engine, vLLM is imported."""
+    outputs = sys.modules.get("vllm.outputs")
+    return "weight_versions" in getattr(
+        getattr(outputs, "CompletionOutput", None), "__dataclass_fields__", {}
+    )
