@@ -35,6 +35,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "track": ("deploy.workers", "track", "Its workers, one by one"),
     "grade": ("deploy.grade", "grade", "Models and answers"),
     "pretrain": ("deploy.pretrain", "pretrain", "Models and answers"),
+    "study": ("deploy.study", "study", "Models and answers"),
+    "serve": ("deploy.serve", "serve", "A cluster"),
     "submit": ("deploy.slurm.submit", "submit", "A cluster"),
     "scale": ("deploy.slurm.scale", "scale", "A cluster"),
     "units": ("deploy.systemd.units", "units", "A cluster"),
