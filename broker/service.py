@@ -299,4 +299,4 @@ def _request_number(frames: Sequence[memoryview]) -> int:
         number = outer[2]
     except Exception:  # whatever is wrong with it, there is no number
         return 0
-    return number if isinstance(number, int) and 0 <= number < 2**63 else 0
+    return number if type(number) is int and 0 <= number < 2**63 else 0
