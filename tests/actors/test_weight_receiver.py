@@ -34,6 +34,8 @@ class PretendedEngine:
         self.weights: dict[str, torch.Tensor] = {}
         parallel = SimpleNamespace(world_size=workers)
         self.vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=None, model_config=None)
+        self.engine_core = SimpleNamespace(outputs_queue=asyncio.Queue())
+        self.output_processor = SimpleNamespace(request_states={})
         self._stagers: list[Stager] = []
 
     async def collective_rpc(self, method: str, args=()) -> None:

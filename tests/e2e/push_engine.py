@@ -59,6 +59,8 @@ async def running_engine(folder: Path, *, tensor_parallel: int = 1, **extra: obj
     } | extra
     if tensor_parallel == 1:
         arguments["distributed_executor_backend"] = UNIPROC
+    else:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else each worker wants a NUMA node of its own
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     config = AsyncEngineArgs(**arguments).create_engine_config()
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # after the configuration, which forces spawn on CPU
