@@ -1,7 +1,7 @@
 """The broker's claim on its run folder: one lock, one address file.
 
 Invariant: at most one broker serves a folder (the kernel's file lock goes with the process, however it ends), and
-`broker.json` names a broker that is bound and answering, or one that has died; never one that is still starting.
+`broker.json` names a broker that is bound and answering, or one that was killed; never one that is still starting.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Claim:
             os.close(self._lock)
             raise UserError(f"another broker is serving '{folder}'.", setting="run.name") from None
         if not resume and _was_served(folder):
-            self.release()
+            os.close(self._lock)
             raise UserError(
                 f"'{folder}' already holds a run: continue it with --resume or choose another name.",
                 setting="run.name",
@@ -58,7 +58,8 @@ class Claim:
         os.replace(temporary, path)
 
     def release(self) -> None:
-        """Give the folder free; the address file stays as a record of the last broker."""
+        """Give the folder free. The address goes first: nobody shall wait at a door behind which nobody is."""
+        (self.folder / ADDRESS_FILE).unlink(missing_ok=True)
         os.close(self._lock)
 
 
