@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,8 +194,7 @@ class _Examination:
         stop = tuple(template.stop), template.include_stop
         if not plan.samples:
             return [Sampling(0.0, plan.max_tokens, *stop)]
-        name = "/".join((str(plan.seed), *question.key))
-        seeds = (zlib.crc32(f"{name}/{index}".encode()) for index in range(plan.samples))
+        seeds = (_seed(plan.seed, *question.key, index) for index in range(plan.samples))
         return [Sampling(plan.temperature, plan.max_tokens, *stop, seed=seed) for seed in seeds]
 
     async def _sample(self, prompt: list[int], sampling: Sampling) -> Sample:
@@ -214,6 +212,11 @@ class _Examination:
             extracted=found.extracted,
             reward=found.reward,
         )
+
+
+def _seed(*name: Any) -> int:
+    """32 bits that belong to a name."""
+    return int.from_bytes(hashlib.sha256(json.dumps(name).encode()).digest()[:4], "big")
 
 
 _TOO_LONG = Response("", 0, "length", "unformatted", None, 0.0)  # the prompt does not fit the context

@@ -72,9 +72,11 @@ def evaluate(
     """Evaluate a model on question sets: accuracy with confidence intervals, pass@k, lengths, shares. Resumable."""
     from actors.offline_eval import EvalPlan, plan_questions
     from common.tasks.templates import get_template
+    from common.verifier.grade import check_options
     from deploy.eval_screen import run_with_progress, show
     from deploy.eval_tracking import log_report
 
+    check_options(level, "boxed")
     path, run_template = _model_of(model, run)
     chosen = template or run_template or "qwen_math"
     get_template(chosen, model=path)
