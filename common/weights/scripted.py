@@ -34,6 +34,8 @@ class ScriptedReceiver:
         expected: manifest that offers must fit; None takes anything.
         on_commit: called with the version and each parameter's checksum as received.
         retry_s: pause before a new link is opened.
+        device: where versions are staged.
+        joins: False makes it accept offers and never receive them (a peer that does not join).
     """
 
     address: str
@@ -45,6 +47,8 @@ class ScriptedReceiver:
     expected: Manifest | None = None
     on_commit: CommitHook | None = None
     retry_s: float = 0.1
+    device: str = "cpu"
+    joins: bool = True
     version: int | None = None
     errors: list[tuple[Cause, str]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -64,7 +68,7 @@ class ScriptedReceiver:
 
     def _serve(self, spec: LinkSpec) -> None:
         client = LinkClient(spec)
-        stagers = [Stager(spec, rank) for rank in range(spec.workers)]
+        stagers = [Stager(spec, rank, self.device) for rank in range(spec.workers)]
         try:
             client.register(self.actor_id, self.node, None)
             while (offer := self._next(client)) is not None:
@@ -90,7 +94,7 @@ class ScriptedReceiver:
             self.errors.append((Cause.REFUSED, reason))
             client.tell("refused", offer, reason=reason)
             return
-        for stager in stagers:
+        for stager in stagers if self.joins else []:
             stager.stage(offer)
         client.tell("accepted", offer)
         try:

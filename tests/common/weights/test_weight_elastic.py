@@ -317,3 +317,10 @@ def test_a_receiver_of_a_frozen_learner_gives_up_at_its_deadline(tmp_path, publi
     client.submit(lambda: time.sleep(2))  # stands for a call into a server that does not answer
     with pytest.raises(LinkError, match=r"did not answer within 0\.5 s"):
         client.text("anything")
+
+
+def test_a_receiver_that_accepts_and_never_joins_is_dropped_at_the_deadline(publisher):
+    with thread_receiver(publisher, joins=False), thread_receiver(publisher, actor_id="good") as good:
+        publisher.publish(1, snapshot(1))
+        until(lambda: good.version == 1)
+        until(lambda: publisher.meters()["failures"].get("deadline", 0) >= 1)
