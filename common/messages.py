@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    Strict,
     ValidationError,
     field_validator,
     model_validator,
@@ -81,14 +82,8 @@ def _group_id(value: Any) -> GroupId:
 GroupKey = Annotated[GroupId, PlainValidator(_group_id)]
 
 
-def _version_run(value: Any) -> tuple[int, int]:
-    version, count = _group_id(value)
-    if count < 1:
-        raise ValueError("a version run has at least one token")
-    return version, count
-
-
-VersionRun = Annotated[tuple[int, int], PlainValidator(_version_run)]
+# (version, tokens). Not strict, as msgpack has lists where Python has tuples; its numbers are strict still.
+VersionRun = Annotated[tuple[Count, Annotated[int, Field(ge=1, le=2**53)]], Strict(False)]
 
 
 # --- parts -----------------------------------------------------------------------------------------------
