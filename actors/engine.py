@@ -146,6 +146,14 @@ class Engine:
         """Sequences that run or wait in the engine."""
         return self.llm.get_num_unfinished_requests()
 
+    @property
+    def kv_use(self) -> float:
+        """Share of the KV cache that running sequences fill, 0..1; a prompt that samples share counts for each."""
+        states = self.llm.output_processor.request_states.values()
+        made = [(state.prompt_len, state.detokenizer.num_output_tokens()) for state in states]
+        tokens = sum(prompt + new for prompt, new in made if new)  # those without a token still wait
+        return min(1.0, tokens / max(1, self.kv_cache_tokens))
+
     async def warm_up(self, version: int = 0) -> None:
         """Name the weights that the engine was started with, and generate one token with them."""
         await self.llm.update_weight_version(str(version))

@@ -305,6 +305,7 @@ class Actor:
             **self._meters.report(),
             **numbers,
             "sequences": float(self._engine.unfinished),
+            "kv_use": self._engine.kv_use,
             "groups_in_hand": float(len(self._rollout.leases)),
             "verifier_queue": float(self._scorer.waiting),
             "backlog": float(self._rollout.backlog),

@@ -197,11 +197,7 @@ def _by_process(actor: psutil.Process) -> dict[str, float]:
     """Processor seconds of the actor's processes: itself, the engine, and the verifier's."""
     seconds = {"front": sum(actor.cpu_times()[:2]), "engine": 0.0, "verifier": 0.0}
     for child in actor.children(recursive=True):
-        kind = (
-            "engine"
-            if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())
-            else "verifier"
-        )
+        kind = "verifier" if "multiprocessing" in " ".join(child.cmdline()) else "engine"
         seconds[kind] += sum(child.cpu_times()[:2])
     return seconds
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from actor_world import EOS, ActorProcess, ScriptedBroker, alive, small_recipe, until, write_policy
 
+from common.errors import EXIT_RESTART
 from common.messages import Ack, EvalJob, EvalQuestion, Refused
 
 pytestmark = pytest.mark.e2e
@@ -90,7 +91,7 @@ def check_hello_and_heartbeats(broker: ScriptedBroker) -> None:
     assert (observer.role, actor.role, actor.peer, actor.run) == ("observer", "actor", "actor", "test")
     assert len(actor.tokenizer) == 64
     beat = broker.received["heartbeat"][-1]
-    assert {"tokens_per_s", "cpu_cores", "rss_mb", "verifier_queue"} <= set(beat.telemetry)
+    assert {"tokens_per_s", "kv_use", "cpu_cores", "rss_mb", "verifier_queue"} <= set(beat.telemetry)
     assert max(b.telemetry.get("generated_groups", 0) for b in broker.received["heartbeat"]) > 0
 
 
@@ -132,3 +133,20 @@ def test_second_signal_ends_a_drain_and_reaches_the_engine(world):
     assert actor.wait(5) == 0
     assert not alive(family)
     assert broker.received["goodbye"][-1].reason == "leaving"
+
+
+@pytest.mark.nightly
+def test_a_dead_engine_hands_back_the_leases_and_asks_for_a_restart(world):
+    broker, actor = world
+    broker.publish_reply = lambda message: None
+    ask(broker)
+    until(lambda: broker.received["publish"], actor)
+    family = actor.family()
+
+    helpers = ("multiprocessing.spawn", "multiprocessing.resource_tracker")  # the verifier's processes
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family - {actor.process.pid}}
+    (engine,) = [pid for pid, line in lines.items() if not any(name in line for name in helpers)]
+    os.kill(engine, signal.SIGKILL)
+    assert actor.wait(30) == EXIT_RESTART
+    assert broker.received["goodbye"][-1].reason == "leaving"
+    assert not alive(family)
