@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import msgpack
+from typing import Any, NamedTuple
 
 from broker.checks import check_group
 from broker.ending import Ending
@@ -22,7 +20,6 @@ from broker.state import RunState
 from broker.store import Entry
 from common.messages import (
     Ack,
-    Assignment,
     EvalJob,
     EvalResult,
     Grant,
@@ -46,19 +43,19 @@ class Waiting(NamedTuple):
 
 
 class ActorRequests:
-    """Handlers have the signature (origin, peer, message, now); `publish` takes the payload before `now`."""
+    """Handlers have the signature (origin, peer, message, now); `publish` takes the frames before `now`."""
 
     def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
         self._state, self._outbox, self._ending = state, outbox, ending
         self._waiting: dict[bytes, Waiting] = {}
-        self._last_grant: dict[str, tuple[Origin, Grant]] = {}  # per actor
+        self._last_grant: dict[str, tuple[Origin, dict[str, Any]]] = {}  # per actor
 
     # --- leases --------------------------------------------------------------------------------------------
 
     def lease(self, origin: Origin, peer: Peer, message: Lease, now: float) -> None:
         """Grant what can be granted at once, else wait. Asked again for the same: the same answer again."""
         if (last := self._last_grant.get(peer.name)) is not None and last[0] == origin:
-            self._outbox.reply(origin, last[1], durable=True)
+            self._outbox.reply_plain(origin, "grant", last[1], durable=True)
             return
         wait_s = min(message.wait_s, ENDING_HOLD_S) if self._ending.reason else message.wait_s
         waiting = Waiting(origin, peer.name, message, now + wait_s)
@@ -118,20 +115,20 @@ class ActorRequests:
         return max(0, min(waiting.message.capacity, fair - self._state.ledger.held_by(waiting.actor)))
 
     def _send_grant(self, waiting: Waiting, groups: Sequence[Group], job: EvalJob | None) -> None:
-        state = self._state
+        recipe = self._state.recipe
         assignments = [
-            Assignment(
-                group=group.key,
-                lease=group.lease,
-                question=state.questions[group.key.index],
-                samples=state.recipe.rollout.group_size,
-                deadline_s=state.recipe.broker.lease_s,
-            )
+            {
+                "group": group.key,
+                "lease": group.lease,
+                "question": self._state.questions[group.key.index],
+                "samples": recipe.rollout.group_size,
+                "deadline_s": recipe.broker.lease_s,
+            }
             for group in groups
         ]
-        grant = Grant(groups=assignments, evaluation=job)
+        grant = {"groups": assignments, "evaluation": job.model_dump() if job else None, "reason": None}
         self._last_grant[waiting.actor] = (waiting.origin, grant)
-        self._outbox.reply(waiting.origin, grant, durable=True)
+        self._outbox.reply_plain(waiting.origin, "grant", grant, durable=True)
 
     def _why_not(self, message: Lease) -> str:
         state, ledger = self._state, self._state.ledger
@@ -154,10 +151,10 @@ class ActorRequests:
     # --- groups ----------------------------------------------------------------------------------------------
 
     def publish(
-        self, origin: Origin, peer: Peer, message: Publish, payload: Sequence[memoryview], now: float
+        self, origin: Origin, peer: Peer, message: Publish, frames: Sequence[memoryview], now: float
     ) -> None:
         """Check a group, put it into ledger and store, acknowledge once both are saved."""
-        header, state = message.header, self._state
+        header, payload, state = message.header, frames[1:], self._state
         if header.actor != peer.name:
             raise MalformedMessage(f"published as {header.actor} by {peer.name}")
         check_group(header, payload, state.limits)
@@ -169,8 +166,7 @@ class ActorRequests:
             self._outbox.refuse(origin, "not_now", outcome.reason or "")
             return
         if outcome.status == "accepted":
-            packed = msgpack.packb(header.model_dump(mode="python"), use_bin_type=True)
-            state.store.put(header.group, Entry(packed, payload))
+            state.store.put(header.group, Entry(bytes(frames[0]), payload))
         if outcome.status != "duplicate":
             self._measure(peer, header, payload, outcome.status, now)
         self._outbox.reply(origin, Ack(status=outcome.status, reason=outcome.reason), durable=True)

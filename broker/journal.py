@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS groups (
     PRIMARY KEY (epoch, idx)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (
-    epoch INTEGER, idx INTEGER, header BLOB, segment INTEGER, start INTEGER, a INTEGER, b INTEGER, c INTEGER,
+    epoch INTEGER, idx INTEGER, frame BLOB, segment INTEGER, start INTEGER, a INTEGER, b INTEGER, c INTEGER,
     PRIMARY KEY (epoch, idx)
 ) WITHOUT ROWID;
 """
@@ -82,6 +82,7 @@ class Journal:
     def _open_database(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.folder / "ledger.sqlite", isolation_level=None)
         db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA wal_autocheckpoint = 8192")
         db.execute(f"PRAGMA synchronous = {'FULL' if self.fsync else 'NORMAL'}")
         db.executescript(SCHEMA)
         return db
@@ -168,8 +169,8 @@ class Journal:
         place = self._places.get(key)
         if place is None or key in self._gone:
             return None
-        (header,) = self._db.execute("SELECT header FROM entries WHERE epoch = ? AND idx = ?", key).fetchone()
-        return Entry(header, self._read(place))
+        (frame,) = self._db.execute("SELECT frame FROM entries WHERE epoch = ? AND idx = ?", key).fetchone()
+        return Entry(frame, self._read(place))
 
     def _read(self, place: Place) -> list[Buffer]:
         if place.segment not in self._readers:
@@ -268,7 +269,7 @@ class Journal:
         db.executemany("DELETE FROM entries WHERE epoch = ? AND idx = ?", self._gone - places.keys())
         db.executemany(
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            [(*key, self._fresh[key].header, p.segment, p.start, *p.sizes) for key, p in places.items()],
+            [(*key, self._fresh[key].frame, p.segment, p.start, *p.sizes) for key, p in places.items()],
         )
         db.execute("INSERT OR REPLACE INTO meta VALUES ('ledger', ?)", (meta,))
         if extra is not None:

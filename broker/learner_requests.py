@@ -10,8 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import msgpack
-
 from broker.ending import Ending
 from broker.ledger import Group, LedgerError, State
 from broker.members import Peer
@@ -143,7 +141,7 @@ class LearnerRequests:
     def _header(self, group: Group) -> dict[str, Any]:
         entry = self._state.store.get(group.key)
         assert entry is not None, f"group {group.key} is taken and not in the store"
-        return msgpack.unpackb(entry.header, raw=False)
+        return entry.header
 
     def _waits_for(self, now: float) -> str:
         state = self._state

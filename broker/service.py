@@ -86,7 +86,7 @@ class Service:
             return
         origin = Origin(connection, request)
         try:
-            self._answer(origin, message, frames[1:], now)
+            self._answer(origin, message, frames, now)
         except MalformedMessage as error:
             self._bad(origin, f"{message.kind}: {error}")
         except LedgerError as error:
@@ -128,8 +128,8 @@ class Service:
 
     # --- routing -------------------------------------------------------------------------------------------
 
-    def _answer(self, origin: Origin, message: Message, payload: Sequence[memoryview], now: float) -> None:
-        if payload and message.kind != "publish":
+    def _answer(self, origin: Origin, message: Message, frames: Sequence[memoryview], now: float) -> None:
+        if len(frames) > 1 and message.kind != "publish":
             raise MalformedMessage("it has no payload")
         if isinstance(message, Hello):
             self._hello(origin, message, now)
@@ -148,7 +148,7 @@ class Service:
             return
         handler = self._handlers[message.kind]
         if message.kind == "publish":
-            handler(origin, peer, message, payload, now)
+            handler(origin, peer, message, frames, now)
         else:
             handler(origin, peer, message, now)
 

@@ -9,8 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgpack
-
 from broker.ending import Ending
 from broker.ledger import Group, LedgerError, State
 from broker.state import RunState
@@ -143,6 +141,6 @@ def group_view(state: RunState, key: GroupId) -> tuple[GroupView, Sequence[Buffe
     if group is None:
         raise LedgerError("conflict", f"group {key} was never leased")
     entry = state.store.get(key)
-    header = GroupHeader.model_validate(msgpack.unpackb(entry.header, raw=False)) if entry else None
+    header = GroupHeader.model_validate(entry.header) if entry else None
     view = GroupView(state=group.state.name.lower(), question=state.questions[key.index], header=header)
     return view, entry.payload if entry else ()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import msgpack
+
 from broker.ledger import Ledger
 from common.messages import GroupId
 
@@ -16,10 +18,18 @@ Buffer = bytes | memoryview
 
 
 class Entry(NamedTuple):
-    """A group as it was published: its header as msgpack, and its three payload buffers."""
+    """A group as it was published: the frame of its `Publish` message, and its three payload buffers.
 
-    header: bytes
+    The frame is kept as it came: nothing is packed again for each group.
+    """
+
+    frame: bytes
     payload: Sequence[Buffer]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The group's header as a plain map (see `messages.GroupHeader`)."""
+        return msgpack.unpackb(self.frame, raw=False)[3]["header"]
 
 
 class StoreFull(Exception):  # noqa: N818 - a state of the disk, not a defect
@@ -104,4 +114,4 @@ class MemoryStore:
 
 def entry_size(entry: Entry) -> int:
     """Bytes of a header and its payload."""
-    return len(entry.header) + sum(len(part) for part in entry.payload)
+    return len(entry.frame) + sum(len(part) for part in entry.payload)
