@@ -22,6 +22,8 @@ MAX_BITS = 1 << 17
 MAX_EXPONENT = 350
 MAX_TERMS = 2000
 MAX_FACTORIAL = 5000
+MAX_STEPS = 20_000  # operations; a transcendental one counts for several, by its digits
+MAX_WORK = 5_000_000  # bits of all exact intermediate results together
 
 Value = Any  # Fraction | mpf | mpc: mpmath ships no types
 
@@ -69,31 +71,40 @@ class Evaluator:
         self.real = real
         self.radians = radians
         self.steps = 0
+        self.work = 0
 
     def __call__(self, node: Node) -> Value:
         """The value. Raises UndefinedError or UndecidedError."""
         try:
             return self.value(node)
+        except (UndefinedError, UndecidedError):
+            raise
         except (ZeroDivisionError, ValueError) as error:
             raise UndefinedError(str(error)) from error
-        except (OverflowError, RecursionError, MemoryError, TypeError, mpmath.libmp.NoConvergence) as error:
-            raise UndecidedError(type(error).__name__) from error
+        except Exception as error:  # a function with too few arguments, an overflow inside mpmath, ...
+            raise UndecidedError(f"{type(error).__name__}: {error}") from error
 
     def value(self, node: Node) -> Value:
         """Dispatches on the operator and checks the size of the result."""
-        self.steps += 1
-        if self.steps > 20_000:
-            raise UndecidedError("too many steps")
+        self.spend(1)
         rule = _RULES.get(node.op)
         if rule is None:
             raise UndecidedError(node.op)
         return self.checked(rule(self, node))
 
+    def spend(self, steps: int) -> None:
+        """Counts steps against the budget."""
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise UndecidedError("too many steps")
+
     def checked(self, value: Value) -> Value:
         """The value itself if its size is within bounds."""
         if isinstance(value, Fraction):
-            if value.numerator.bit_length() > MAX_BITS or value.denominator.bit_length() > MAX_BITS:
-                raise UndecidedError("an integer too large")
+            above, below = value.numerator.bit_length(), value.denominator.bit_length()
+            self.work += above + below
+            if max(above, below) > MAX_BITS or self.work > MAX_WORK:
+                raise UndecidedError("integers too large")
             return value
         if self.real and isinstance(value, self.ctx.mpc):
             if value.imag != 0:
@@ -189,6 +200,7 @@ class Evaluator:
 
     def exp(self, x: Value) -> Value:
         """e^x for arguments whose result is within bounds."""
+        self.spend(self.ctx.dps // 4)
         x = self.inexact(x)
         if abs(self.ctx.re(x)) > MAX_EXPONENT * 2.31:
             raise UndecidedError("an exponential too large")
@@ -248,6 +260,7 @@ class Evaluator:
             return Fraction(math.factorial(int(value)))
         if abs(value) > 150:
             raise UndecidedError("a factorial too large")
+        self.spend(self.ctx.dps)
         return self.ctx.gamma(self.inexact(value) + 1)
 
     def _func(self, node: Node) -> Value:
@@ -257,6 +270,7 @@ class Evaluator:
         if rule := ARITHMETIC.get(node.value):
             return rule(self, *arguments)
         if rule := FUNCTIONS.get(node.value):
+            self.spend(self.ctx.dps // 4)
             return rule(self, *(self.inexact(a) for a in arguments))
         raise UndecidedError(node.value)
 

@@ -42,6 +42,7 @@ class Extraction:
 
 
 MAX_BOXES = 20  # that are read together
+MAX_GAP = 80  # characters between two such boxes
 
 _STRICT_TAGS = "</think> <answer>"
 _LOOSE_TAGS = re.compile(r"</think>\s*<answer>")
@@ -105,7 +106,8 @@ def adjacent_boxes(response: str) -> tuple[str, ...]:
         position = end
     run = spans[-1:]
     for earlier in reversed(spans[:-1]):
-        if not _CONNECTOR.fullmatch(response, earlier[1], run[0][0]):
+        gap = run[0][0] - earlier[1]
+        if gap > MAX_GAP or not _CONNECTOR.fullmatch(response, earlier[1], run[0][0]):
             break
         run.insert(0, earlier)
     return (", ".join(content for _, _, content in run),) if len(run) > 1 else ()

@@ -16,7 +16,9 @@ _ANNOUNCED = re.compile(
     r"(?:(?:is for sure|is for certain|is|est|es|ist|是|为)\b\s*[:：]?|[:：]|(?=[$\\\d-]))\s*",
     re.IGNORECASE,
 )
-_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$([^$]+)\$\$|\$([^$]+?)\$|\\\(((?:(?!\\[(\[]).)+?)\\\)|\\\[((?:(?!\\[(\[]).)+?)\\\]", re.DOTALL
+)
 _NUMBER = re.compile(r"(?<![\w.,^_/])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.,]\d+)?(?:/\d+)?(?![\d^])\s*\\?%?")
 _CHOICE = re.compile(r"^\W*\(?([A-J])\)?(?=[\s.,:;)。，不]|$)(?!\s*[=+*/^])")
 _SENTENCE = re.compile(r"(?<=[.。!?])\s+|\n+|(?<=。)")

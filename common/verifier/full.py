@@ -1,10 +1,11 @@
-r"""Level `full`: a second opinion by Math-Verify, where the own parser cannot read one of the sides.
+r"""Level `full`: a second opinion by Math-Verify, where the gold answer is outside of the own parser's language.
 
-Invariant: it only ever adds `correct` verdicts on answers that the own parser does not understand, so hedges,
-brackets and units that the own rules refuse stay refused (it strips units and merges lists). Its alarms are switched off (they raise off the main thread
-and do not interrupt big integers); instead the input is short and holds no power towers, factorials or names, and in a
-pool the process itself is killed at the deadline. Only its LaTeX grammar is used: its plain-text path hands text to
-`sympy.parse_expr`, which evaluates Python.
+Invariant: it only ever adds `correct` verdicts for such gold answers, so hedges, brackets and units that the own rules
+refuse stay refused (Math-Verify strips units and merges lists). Its alarms are switched off (they raise off the main
+thread and do not interrupt big integers); instead the input is short and holds no power towers, factorials or words,
+and in a pool the process itself is killed at the deadline. Only its LaTeX grammar is used: its plain-text path hands
+text to `sympy.parse_expr`, which evaluates Python. It takes 10 to 1000 times as long as the own parser, so a response
+that the own parser cannot read while it reads the gold answer is not worth the question: it is malformed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _STRUCTURE = re.compile(r"[(),\[\]]|\\[{}]|\\c[au]p|[<>=]|\\[lg]e|\\in\b|\\pm|\\
 
 def math_verify_equal(response: Reading, gold: Reading) -> bool:
     """Whether Math-Verify takes the two as equal; False where it must not be asked or fails."""
-    if response.trees and gold.trees:
+    if gold.trees or gold.words:
         return False
     if not (_askable(response.text) and _askable(gold.text)):
         return False

@@ -11,7 +11,7 @@ Where this grader deliberately differs from the paper's (section 4 of its digest
 | 0.5 | 50\% | wrong / correct | correct | equal numbers |
 | abc=5 | 5 | wrong / correct | correct | a name on the left is a name, whatever its length |
 | 3+4, 2^3, 10^{2} | 7, 8, 100 | wrong / correct | correct | exact arithmetic is safe here |
-| \{2,1\} | \{1,2\} | wrong / correct | correct | sets have no order |
+| \{2,1\}; 2,1 | \{1,2\}; 1,2 | wrong / correct | correct | sets and lists have no order |
 | 12 dollars | 12 | wrong | correct | a unit on one side only |
 | 2 million | 2000000 | wrong | correct | a scale word is a factor |
 | 5 or 6 | 5 | correct | wrong | hedging |

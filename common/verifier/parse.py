@@ -258,9 +258,15 @@ class Parser:
         if self.kind() == "pmod":
             self.at += 1
             left = Node("modulo", (left, self.argument()))
-        if self.kind() == "text":
+        if self.starts_unit():
             left = Node("qty", (left,), self.unit())
         return left
+
+    def starts_unit(self) -> bool:
+        r"""Whether words follow, or a quotient of words such as `\frac{\text{km}}{\text{h}}`."""
+        return self.kind() == "text" or (
+            self.kind() == "frac" and self.kind(1) == "{" and self.kind(2) == "text"
+        )
 
     def unit(self) -> str:
         """Unit words behind a quantity, with powers and quotients, as one string."""
@@ -269,6 +275,9 @@ class Parser:
             kind = self.kind()
             if kind == "text":
                 parts.append(self.take().text)
+            elif kind == "frac" and self.starts_unit():
+                self.at += 1
+                parts += [self._unit_group(), "/", self._unit_group()]
             elif kind == "^" and parts:
                 self.at += 1
                 exponent = self.argument()
@@ -285,6 +294,15 @@ class Parser:
                 parts.append("/" if kind == "/" else "*")
             else:
                 return " ".join(parts)
+
+    def _unit_group(self) -> str:
+        """The words of one brace group of a quotient of units."""
+        words: list[str] = []
+        self.take("{")
+        while self.kind() in ("text", "symbol"):
+            words.append(self.take().text)
+        self.take("}")
+        return " ".join(words)
 
     def sets(self) -> Node:
         """Sums joined by union, intersection or difference."""
@@ -306,7 +324,11 @@ class Parser:
             self.at += 1
             term = self.term()
             terms.append(term if kind == "+" else Node({"-": "neg"}.get(kind, kind), (term,)))
-        return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
+        node = terms[0] if len(terms) == 1 else Node("add", tuple(terms))
+        if self.kind() == "over":  # {a \\over b}
+            self.at += 1
+            return Node("div", (node, self.nested(self.sum)))
+        return node
 
     def term(self) -> Node:
         """Factors joined by * / mod, written or implied."""
@@ -361,7 +383,7 @@ class Parser:
         """Whether the next token begins a factor of an implied product."""
         kind = self.kind()
         token = self.peek()
-        if token is None or kind == "text":
+        if token is None or self.starts_unit():
             return False
         if kind in _STARTERS or kind in _OPEN:
             return True
@@ -588,6 +610,11 @@ class Parser:
         if self.kind() == "set}":
             self.at += 1
             return Node("set", ())
+        if self.kind() == "symbol" and self.kind(1) in ("|", "mid", ":"):  # {x : x > 2} is its condition
+            self.at += 2
+            condition = self.nested(self.relation)
+            self.take("set}")
+            return condition
         node = self.nested(lambda: self.items(frozenset({"set}"})))
         self.take("set}")
         if node.op == "list":

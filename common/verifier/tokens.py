@@ -160,6 +160,7 @@ _FONT_COMMANDS = frozenset(
 )
 _WORDY = re.compile(r"[^\W\d_]+(?:(?:[\s'./]+|-)[^\W\d_]+)*(?:\^?\d)?")
 
+_UNIT_DOT = re.compile(r"(?<=[a-zA-Z])\s*\\(?:cdot|times)\s*(?=[a-zA-Z])")
 _ABBREVIATION = re.compile(r"[^\W\d_](?:\.[^\W\d_])+\.?")
 _PLAIN_NAMES = _FUNCTION_NAMES | {"inf", "infinity", "infty", "oo", "pi", "mod"}
 
@@ -269,7 +270,7 @@ class Lexer:
         return end
 
     def _text(self, content: str, name: str, spaced: bool, nesting: int) -> None:
-        words = content.strip(" ,.;:\\")
+        words = _UNIT_DOT.sub(" ", content).strip(" ,.;:\\")
         low = words.casefold()
         if not words:
             return
@@ -295,14 +296,18 @@ class Lexer:
         run: list[str] = []
         for word in words.split():
             if word.casefold().strip(",") in CONNECTORS:
-                if run:
-                    self._emit("text", " ".join(run), spaced)
+                self._flush(run, spaced)
                 self._emit("connector", word, True)
                 run = []
             else:
                 run.append(word)
+        self._flush(run, spaced)
+
+    def _flush(self, run: list[str], spaced: bool) -> None:
+        """Words as one token; a single letter stays a symbol."""
         if run:
-            self._emit("text", " ".join(run), spaced)
+            kind = "symbol" if len(run) == 1 and len(run[0]) == 1 else "text"
+            self._emit(kind, " ".join(run), spaced)
 
     def _letters(self, source: str, position: int, spaced: bool) -> int:
         match = _WORD.match(source, position)
