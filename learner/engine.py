@@ -27,6 +27,7 @@ log = logging.getLogger("slipstream.learner")
 
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_BUCKET_ELEMENTS = 50_000_000
+BUCKET_ALIGNMENT = 64  # ZeRO refuses odd sizes
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -46,7 +47,7 @@ def deepspeed_config(recipe: Recipe, elements: int) -> dict[str, Any]:
     bfloat16 starts at stage 1, which differs from stage 0 only in splitting the optimizer's state.
     """
     stage = effective_stage(recipe)
-    bucket = min(elements, MAX_BUCKET_ELEMENTS)
+    bucket = min(-(-elements // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT, MAX_BUCKET_ELEMENTS)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -70,7 +70,7 @@ def load_policy(recipe: Recipe, *, value_head: bool) -> PolicyModel:
     """The trained policy: base model, LoRA adapters where the recipe has them, gradient checkpointing."""
     lm = load_language_model(recipe)
     if recipe.lora is not None:
-        lm = _with_adapters(lm, recipe)
+        lm = with_adapters(lm, recipe)
     if recipe.learner.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm, value_head=value_head, chunk_tokens=recipe.learner.logprob_chunk_tokens)
@@ -78,7 +78,12 @@ def load_policy(recipe: Recipe, *, value_head: bool) -> PolicyModel:
     return policy
 
 
-def _with_adapters(lm: nn.Module, recipe: Recipe) -> nn.Module:
+def with_adapters(lm: nn.Module, recipe: Recipe) -> nn.Module:
+    """`lm` with LoRA adapters (arXiv 2106.09685) as the recipe says, injected in place; only they are trained.
+
+    Raises:
+        UserError: the model has no such modules.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = recipe.lora.target_modules

@@ -24,6 +24,7 @@ from torch.distributed import ReduceOp
 
 from common.errors import UserError
 from common.process import die_with_parent
+from learner.allocator import keep_freed_memory
 
 log = logging.getLogger("slipstream.learner")
 
@@ -167,6 +168,8 @@ def start_ranks(timeout_s: float, master_port: int = 0) -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     load_deepspeed().init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)

@@ -52,6 +52,33 @@ def cases() -> dict[str, Any]:
     return found
 
 
+# Objectives that look at the whole batch first, or at another model: what they see must not depend on the split.
+SPLIT = {
+    "PPO": {"algorithm": {"preset": "ppo"}, "batch": {"zero_variance": "train", "optimizer_steps": 2}},
+    "KL in the reward": {"algorithm": {"kl_in_reward": 0.1}, "batch": {"zero_variance": "train"}},
+    "KL in the loss": {"algorithm": {"kl_beta": 0.1}, "batch": {"zero_variance": "train"}},
+    "proximal, two epochs": {
+        "algorithm": {"anchor": "proximal", "correction": "tis", "epochs": 2},
+        "batch": {"optimizer_steps": 2},
+    },
+    "M2PO": {"algorithm": {"anchor": "proximal", "correction": "m2po"}, "batch": {"optimizer_steps": 2}},
+    "GSPO": {"algorithm": {"loss": "gspo", "aggregation": "response_mean"}},
+    "adapters": {"lora": {"rank": 4}},
+    "recomputed activations": {"learner": {"gradient_checkpointing": True}},
+}
+
+
+def splits() -> dict[str, Any]:
+    """Each objective with one row per update, and with many; rates small enough to stay off any cliff."""
+    found = {}
+    for name, sections in SPLIT.items():
+        learner = {"lr": 2.0, **sections.get("learner", {})}
+        for rows, budget in (("one row", 4096), ("many rows", 40)):
+            tree = recipe(2, budget, **{**sections, "learner": learner})
+            found[f"{name}, {rows}"] = {"recipe": tree, "batch": {"rewards": MIXED}}
+    return found
+
+
 def resumes() -> dict[str, Any]:
     """Runs of six steps, straight and interrupted, with AdamW, a schedule and two updates per step."""
     sections: dict[str, Any] = {
@@ -86,9 +113,16 @@ def launch(folder: Path, ranks: int, cases: dict[str, Any]) -> dict[str, Any]:
     return torch.load(folder / "out.pt")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("ranks"), request.param, {**cases(), **resumes()})
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Outcomes of all cases by number of ranks."""
+    every = {**cases(), **splits(), **resumes()}
+    return {ranks: launch(tmp_path_factory.mktemp("ranks"), ranks, every) for ranks in (1, 2)}
+
+
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def outcomes(request: pytest.FixtureRequest, both: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return both[request.param]
 
 
 def expected(
@@ -174,3 +208,26 @@ def test_resume_is_exact(outcomes: dict[str, Any], case: str) -> None:
     assert outcome["step"] == 3
     assert outcome["resumed"] == outcome["straight"]
     assert len(set(outcome["resumed"]["rates"][6:])) == 6
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_no_objective_depends_on_the_split(both: dict[int, dict[str, Any]], name: str) -> None:
+    """1 or 2 ranks, one row or many: one update."""
+    first = both[1][f"{name}, one row"]
+    assert min(both[1][f"{name}, many rows"]["rows"]) >= 2
+    moved = difference(first["weights"], initial())
+    assert moved > 1e-4
+    for ranks, rows in ((1, "many rows"), (2, "one row"), (2, "many rows")):
+        other = both[ranks][f"{name}, {rows}"]
+        assert difference(other["weights"], first["weights"]) <= max(1e-6, 1e-4 * moved)
+        assert other["metrics"]["tokens"] == first["metrics"]["tokens"]
+        assert other["mismatch"]["mismatch_mean"] > 0
+
+
+def test_recomputed_activations_change_nothing(both: dict[int, dict[str, Any]]) -> None:
+    weights = both[1]["recomputed activations, one row"]["weights"]
+    plain = expected(MIXED)[0]
+    before = initial()
+    step = {name: (weights[name] - before[name]) * LR / 2.0 for name in weights}
+    wanted = {name: plain[name] - before[name] for name in plain}
+    assert difference(step, wanted) <= 1e-4

@@ -24,7 +24,7 @@ from learner.checkpoint import Checkpoints
 from learner.engine import Engine
 from learner.logprobs import PolicyModel
 from learner.main import leave
-from learner.model import DTYPES
+from learner.model import DTYPES, with_adapters
 from learner.objective import objective_of
 from learner.prepare import Preparation, Work
 from learner.ranks import Ranks, leave_ranks, start_ranks
@@ -37,7 +37,7 @@ SHAPE = ModelShape(2, 32, 64, 2, 1, 16, VOCABULARY, True, True, 512)
 
 def sgd(policy: PolicyModel, settings: LearnerSection) -> torch.optim.Optimizer:
     """Plain gradient descent: the update is the gradient."""
-    return torch.optim.SGD(policy.parameters(), lr=settings.lr)
+    return torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=settings.lr)
 
 
 def prepared(recipe: Recipe, ranks: Ranks, batch: dict[str, Any], sent: int | None) -> Work:
@@ -55,7 +55,11 @@ def run_case(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     """Carry out one step on a fresh policy."""
     recipe = Recipe.model_validate(case["recipe"])
     objective = objective_of(recipe)
-    policy = PolicyModel(tiny_lm(), value_head=objective.needs_values)
+    lm = tiny_lm()
+    if recipe.learner.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(2)  # of adapters
+    policy = PolicyModel(with_adapters(lm, recipe) if recipe.lora else lm, value_head=objective.needs_values)
     engine = Engine(policy, recipe, ranks, 10, optimizer=sgd)
     reference = PolicyModel(tiny_lm(seed=1)).eval() if objective.needs_reference else None
     work = prepared(recipe, ranks, case["batch"], case.get("sent"))
