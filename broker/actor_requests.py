@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from common.messages import (
 )
 
 ENDING_HOLD_S = 0.5
+RECEIVE_BUFFER = 8192
 
 
 class Waiting(NamedTuple):
@@ -47,7 +49,9 @@ class ActorRequests:
 
     def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
         self._state, self._outbox, self._ending = state, outbox, ending
-        self._waiting: dict[bytes, Waiting] = {}
+        self._waiting: dict[bytes, Waiting] = {}  # by connection, in the order of arrival
+        self._policies: Counter[tuple[int, int]] = Counter()  # (era, version) of those who wait
+        self._next_expiry = math.inf
         self._last_grant: dict[str, tuple[Origin, dict[str, Any]]] = {}  # per actor
 
     # --- leases --------------------------------------------------------------------------------------------
@@ -59,36 +63,65 @@ class ActorRequests:
             return
         wait_s = min(message.wait_s, ENDING_HOLD_S) if self._ending.reason else message.wait_s
         waiting = Waiting(origin, peer.name, message, now + wait_s)
-        self._waiting.pop(origin.connection, None)
+        if (earlier := self._waiting.get(origin.connection)) is not None:
+            self._drop(earlier)
         if not self._grant(waiting, now):
-            self._waiting[origin.connection] = waiting
+            self._wait(waiting)
 
     def settle(self, now: float) -> None:
-        """Grant to those who wait, first come first served; tell the others when their time is up."""
-        if not self._waiting:
-            return
-        rooms: dict[tuple[int, int], bool] = {}
-        for waiting in list(self._waiting.values()):
-            policy = waiting.message.era, waiting.message.version
-            if policy not in rooms:
-                rooms[policy] = self._may_get_work(*policy)
-            if rooms[policy] and self._grant(waiting, now):
-                del self._waiting[waiting.origin.connection]
-                rooms.clear()
-            elif now >= waiting.until:
-                del self._waiting[waiting.origin.connection]
-                self._outbox.reply(waiting.origin, Grant(groups=[], reason=self._why_not(waiting.message)))
+        """Grant to those who wait, first come first served; tell the others when their time is up.
+
+        A thousand actors that wait cost a look at their few policies, not at each of them.
+        """
+        while (waiting := self._next_in_line()) is not None and self._grant(waiting, now):
+            self._drop(waiting)
+        if now >= self._next_expiry:
+            self._expire(now)
+
+    def _next_in_line(self) -> Waiting | None:
+        open_to = {policy for policy in self._policies if self._may_get_work(*policy)}
+        if not open_to:
+            return None
+        for waiting in self._waiting.values():
+            if (waiting.message.era, waiting.message.version) in open_to and self._has_work_for(waiting):
+                return waiting
+        return None
+
+    def _may_get_work(self, era: int, version: int) -> bool:
+        state = self._state
+        if self._ending.reason is not None or not state.ledger.exists(era, version):
+            return False
+        return state.ledger.room(version) > 0 or state.evaluations.wants(version)
+
+    def _has_work_for(self, waiting: Waiting) -> bool:
+        version = waiting.message.version
+        if self._state.evaluations.open_to(waiting.actor, version):
+            return True
+        return self._share(waiting) > 0 and self._state.ledger.room(version) > 0
+
+    def _wait(self, waiting: Waiting) -> None:
+        self._waiting[waiting.origin.connection] = waiting
+        self._policies[waiting.message.era, waiting.message.version] += 1
+        self._next_expiry = min(self._next_expiry, waiting.until)
+
+    def _drop(self, waiting: Waiting) -> None:
+        del self._waiting[waiting.origin.connection]
+        policy = waiting.message.era, waiting.message.version
+        self._policies[policy] -= 1
+        if not self._policies[policy]:
+            del self._policies[policy]
+
+    def _expire(self, now: float) -> None:
+        for waiting in [w for w in self._waiting.values() if now >= w.until]:
+            self._drop(waiting)
+            self._outbox.reply(waiting.origin, Grant(groups=[], reason=self._why_not(waiting.message)))
+        self._next_expiry = min((w.until for w in self._waiting.values()), default=math.inf)
 
     def forget(self, actor: str) -> None:
         """An actor is gone: so are its waiting requests."""
-        for connection in [c for c, waiting in self._waiting.items() if waiting.actor == actor]:
-            del self._waiting[connection]
+        for waiting in [w for w in self._waiting.values() if w.actor == actor]:
+            self._drop(waiting)
         self._last_grant.pop(actor, None)
-
-    def _may_get_work(self, era: int, version: int) -> bool:
-        if not self._state.ledger.exists(era, version):
-            return False
-        return self._state.evaluations.waiting is not None or self._state.ledger.room(version) > 0
 
     def _grant(self, waiting: Waiting, now: float) -> bool:
         state, message = self._state, waiting.message
@@ -111,7 +144,7 @@ class ActorRequests:
         """An actor's fair share of all that may be in flight, so that the first to come leaves some to others."""
         rules = self._state.ledger.rules
         window = (rules.max_staleness + 1) * rules.groups_per_step
-        fair = math.ceil(window / max(1, len(self._state.members.living("actor"))))
+        fair = math.ceil(window / max(1, self._state.members.living_actors))
         return max(0, min(waiting.message.capacity, fair - self._state.ledger.held_by(waiting.actor)))
 
     def _send_grant(self, waiting: Waiting, groups: Sequence[Group], job: EvalJob | None) -> None:
@@ -166,7 +199,7 @@ class ActorRequests:
             self._outbox.refuse(origin, "not_now", outcome.reason or "")
             return
         if outcome.status == "accepted":
-            state.store.put(header.group, Entry(bytes(frames[0]), payload))
+            state.store.put(header.group, Entry(bytes(frames[0]), [_compact(part) for part in payload]))
         if outcome.status != "duplicate":
             self._measure(peer, header, payload, outcome.status, now)
         self._outbox.reply(origin, Ack(status=outcome.status, reason=outcome.reason), durable=True)
@@ -206,6 +239,11 @@ class ActorRequests:
         state.changed = True
         state.spool.append("eval", message.version, {k: v for k, v in entry.items() if k != "version"})
         self._outbox.reply(origin, Ack(status="accepted"), durable=True)
+
+
+def _compact(part: memoryview) -> memoryview | bytes:
+    """Small frames share a receive buffer of 8 KiB, which a view would keep alive: copy them out."""
+    return part if len(part) > RECEIVE_BUFFER else bytes(part)
 
 
 def _facts(header: GroupHeader) -> Facts:

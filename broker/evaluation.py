@@ -64,10 +64,18 @@ class Evaluations:
         self.next_job += 1
         return job
 
+    def wants(self, version: int) -> bool:
+        """Whether a job waits that `version` is new enough for."""
+        return self.waiting is not None and version >= self.waiting.requested
+
+    def open_to(self, actor: str, version: int) -> bool:
+        """Whether this actor may have the waiting job: it has none in hand."""
+        return self.wants(version) and all(running.actor != actor for running in self.running.values())
+
     def grant(self, actor: str, version: int, now: float) -> EvalJob | None:
         """The waiting job, for an actor that is new enough and has none in hand."""
         job = self.waiting
-        if job is None or version < job.requested or any(r.actor == actor for r in self.running.values()):
+        if job is None or not self.open_to(actor, version):
             return None
         self.waiting = None
         self.running[job.job] = Running(job, actor, now)

@@ -157,6 +157,7 @@ class Ledger:
         self._due: Counter[int] = Counter()  # groups not taken, by deadline
         self._ready: dict[GroupId, Group] = {}  # what a step may take: buffered, or filtered and counted
         self._leased: dict[GroupId, Group] = {}
+        self._held: Counter[str] = Counter()  # leases by actor
 
     # --- where the run stands -----------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class Ledger:
 
     def held_by(self, actor: str) -> int:
         """Groups in flight at an actor."""
-        return sum(1 for group in self._leased.values() if group.actor == actor)
+        return self._held[actor]
 
     # --- transitions: every change of a group goes through here -------------------------------------------
 
@@ -238,6 +239,7 @@ class Ledger:
         self.states[group.state] += 1
         if group.state == State.LEASED:
             self._leased[group.key] = group
+            self._held[group.actor] += 1
             self._due[self._deadline(group)] += 1
         elif self._counts_in_a_step(group):
             self._ready[group.key] = group
@@ -247,6 +249,10 @@ class Ledger:
 
     def _leave(self, group: Group) -> None:
         self.states[group.state] -= 1
+        if group.state == State.LEASED:
+            self._held[group.actor] -= 1
+            if not self._held[group.actor]:
+                del self._held[group.actor]
         waiting = self._leased.pop(group.key, None) or self._ready.pop(group.key, None)
         if waiting is not None:
             when = self._deadline(group)

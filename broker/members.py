@@ -103,6 +103,7 @@ class Members:
         self.dead_after_s = dead_after_s
         self.max_bad = max_bad
         self.peers: dict[str, Peer] = {}
+        self.living_actors = 0
         self._connections: OrderedDict[bytes, str] = OrderedDict()
         self._strangers: OrderedDict[bytes, int] = OrderedDict()
 
@@ -130,7 +131,7 @@ class Members:
             )
             if known is not None:
                 peer.bad, peer.groups, peer.tokens = known.bad, known.groups, known.tokens
-            self.peers[hello.peer] = peer
+            self._enter(peer, known)
         self._connections[connection] = hello.peer
         self._connections.move_to_end(connection)
         if len(self._connections) > MAX_CONNECTIONS:
@@ -140,7 +141,12 @@ class Members:
 
     def expect(self, name: str, host: str, pid: int, software: str, *, now: float) -> None:
         """An actor that was in the run before the broker restarted: it has leases and will say Hello again."""
-        self.peers[name] = Peer(name, "actor", host, pid, software, joined=time.time(), seen=now)
+        self._enter(Peer(name, "actor", host, pid, software, joined=time.time(), seen=now), None)
+
+    def _enter(self, peer: Peer, known: Peer | None) -> None:
+        was_there = known is not None and known.alive and known.role == "actor"
+        self.living_actors += (peer.role == "actor") - was_there
+        self.peers[peer.name] = peer
 
     def disconnect(self, name: str) -> None:
         """Forget the connections of a peer: they must say Hello again."""
@@ -155,6 +161,7 @@ class Members:
 
     def leave(self, peer: Peer, reason: str) -> None:
         """The peer is gone."""
+        self.living_actors -= peer.role == "actor"
         peer.alive, peer.farewell, peer.state = False, reason, "gone"
         peer.telemetry = {}
         self.disconnect(peer.name)
