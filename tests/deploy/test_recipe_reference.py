@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.recipe_reference import PAGE, reference, with_reference
+from deploy.recipe_reference import PAGE, with_reference
 
 
 def test_the_page_is_in_step_with_the_schema() -> None:
