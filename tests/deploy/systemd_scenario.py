@@ -1,6 +1,8 @@
 """A run under a real systemd user instance: started, killed, hung, refused, stopped, continued.
 
-python systemd_scenario.py RUN_FOLDER UNITS_FOLDER     (inside tests/deploy/user_manager.sh)
+python systemd_scenario.py RUN_FOLDER UNITS_FOLDER [demo]     (inside tests/deploy/user_manager.sh)
+
+With `demo` the workers are the real ones: they start, are watched closely for a while, and stop.
 
 Prints what was seen as JSON; the test judges.
 """
@@ -21,6 +23,7 @@ import psutil
 
 HOST = socket.gethostname()
 WORKERS = ("slipstream-broker", "slipstream-learner", "slipstream-actor@0", "slipstream-actor@1")
+DEMO_WORKERS = WORKERS[:3]
 
 
 def systemctl(*arguments: str) -> str:
@@ -58,24 +61,58 @@ def running(pids: list[int]) -> list[int]:
     return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
 
 
-def states() -> dict[str, str]:
+def states(units: tuple[str, ...] = WORKERS) -> dict[str, str]:
     """State of each worker's unit."""
-    return {unit: show(unit, "ActiveState") for unit in WORKERS}
+    return {unit: show(unit, "ActiveState") for unit in units}
 
 
 def main(folder: Path, units: Path) -> dict[str, object]:
     """Play it; returns what was seen."""
-    facts: dict[str, object] = {}
-    systemctl("link", *map(str, [*units.glob("*.service"), *units.glob("*.target")]))
-    dropin = Path(os.environ["XDG_CONFIG_HOME"]) / "systemd/user/slipstream-actor@.service.d/short.conf"
-    dropin.parent.mkdir(parents=True)
-    dropin.write_text("[Service]\nWatchdogSec=2\nRestartSec=100ms\n")
-    systemctl("daemon-reload")
+    install(units, "WatchdogSec=2\nRestartSec=100ms\n", "slipstream-actor@")
     systemctl("start", "slipstream.target")
     wait(lambda: set(states().values()) == {"active"})
-    facts["started"] = states()
-    facts |= killed(folder) | hung(folder) | refused(units) | stopped(folder) | finished(folder)
+    facts: dict[str, object] = {"started": states()}
+    return facts | killed(folder) | hung(folder) | refused(units) | stopped(folder) | finished(folder)
+
+
+def install(units: Path, settings: str, *names: str) -> None:
+    """Link the units, and change settings of some of them by drop-in files."""
+    systemctl("link", *map(str, [*units.glob("*.service"), *units.glob("*.target")]))
+    for name in names:
+        file = Path(os.environ["XDG_CONFIG_HOME"]) / f"systemd/user/{name}.service.d/test.conf"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"[Service]\n{settings}")
+    systemctl("daemon-reload")
+
+
+def demo(folder: Path, units: Path) -> dict[str, object]:
+    """The real workers: ready, alive under a watchdog of seconds, and gone without a trace."""
+    names = ("slipstream-broker", "slipstream-learner", "slipstream-actor@")
+    install(units, f"WatchdogSec=20\nStandardError=append:{folder}/workers.log\n", *names)
+    systemctl("start", "slipstream.target")
+    wait(lambda: list(states(DEMO_WORKERS).values()) == ["active"] * 3, 300)
+    facts: dict[str, object] = {"started": states(DEMO_WORKERS)}
+    wait(lambda: trained(folder) > 2, 120)
+    time.sleep(45)  # more than two intervals of the watchdog
+    facts["restarts"] = [show(unit, "NRestarts") for unit in DEMO_WORKERS]
+    facts["steps"] = trained(folder)
+    systemctl("stop", "slipstream.target")
+    wait(lambda: set(states(DEMO_WORKERS).values()) == {"inactive"}, 90)
+    facts["stopped"] = states(DEMO_WORKERS)
+    facts["checkpoints"] = len(list((folder / "checkpoints").iterdir()))
+    facts["survivors"] = [
+        " ".join(p.cmdline()) for p in psutil.process_iter() if str(folder) in " ".join(p.cmdline())
+    ]
+    facts["engines"] = [p.name() for p in psutil.process_iter() if "VLLM" in p.name()]
     return facts
+
+
+def trained(folder: Path) -> int:
+    """Steps in metrics.jsonl."""
+    try:
+        return (folder / "metrics.jsonl").read_text().count('"kind": "train"')
+    except OSError:
+        return 0
 
 
 def killed(folder: Path) -> dict[str, object]:
@@ -135,4 +172,5 @@ def finished(folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]))))
+    play = demo if sys.argv[3:] == ["demo"] else main
+    print(json.dumps(play(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from common.recipe import load_recipe
+from common.recipe import Recipe, load_recipe
+from common.recipe.load import REPOSITORY
 from deploy.systemd.units import Host, Role, write_units
 from tests.slurm.recipes import write_recipe
 
@@ -30,28 +33,37 @@ def can_run_a_manager() -> bool:
     return done.returncode == 0
 
 
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory) -> dict:
-    """What was seen of the run."""
+def play(
+    folder: Path, recipe: Recipe, host: Host, *mode: str, program: tuple[str, ...] | None = None
+) -> dict:
+    """Write units, play the scenario in a namespace of its own, return what it saw."""
     if not can_run_a_manager():
         pytest.skip(
             "no systemd user instance can be started here (needs root, systemd and its cgroup hierarchy)"
         )
-    folder = tmp_path_factory.mktemp("systemd")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        recipe = load_recipe(write_recipe(folder, steps=STEPS), [f'run.root="{folder / "runs"}"'])
-        host = Host(role=Role.all, actors=2, output=folder / "units", user_manager=True)
-        write_units(recipe, host, program=(sys.executable, str(PROGRAM)))
-    finally:
-        os.chdir(before)
-    scenario = [sys.executable, str(HERE / "systemd_scenario.py"), str(recipe.folder), str(host.output)]
+    write_units(recipe, host, program=program)
+    scenario = [
+        sys.executable,
+        str(HERE / "systemd_scenario.py"),
+        str(recipe.folder),
+        str(host.output),
+        *mode,
+    ]
     done = subprocess.run(
-        [str(HERE / "user_manager.sh"), str(folder), *scenario], capture_output=True, text=True, timeout=400
+        [str(HERE / "user_manager.sh"), str(folder), *scenario], capture_output=True, text=True, timeout=580
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> Iterator[dict]:
+    """What was seen of a run with scripted peers."""
+    folder = tmp_path_factory.mktemp("systemd")
+    with contextlib.chdir(folder):
+        recipe = load_recipe(write_recipe(folder, steps=STEPS), [f'run.root="{folder / "runs"}"'])
+        host = Host(role=Role.all, actors=2, output=folder / "units", user_manager=True)
+        yield play(folder, recipe, host, program=(sys.executable, str(PROGRAM)))
 
 
 def test_all_workers_report_ready(facts):
@@ -84,3 +96,18 @@ def test_the_run_continues_to_its_end_and_stays_ended(facts):
     assert facts["sum_ok"] == [True]
     assert facts["steps"] == STEPS
     assert facts["questions"] == 4 * STEPS
+
+
+@pytest.mark.e2e
+def test_the_real_workers_are_ready_watched_and_gone(tmp_path):
+    with contextlib.chdir(REPOSITORY):  # where the recipe's model is
+        changes = [f'run.root="{tmp_path}"', "eval.sets=[]", "tracking.enabled=false", 'launch.device="cpu"']
+        recipe = load_recipe("demo", [*changes, "run.steps=10000"])
+        host = Host(role=Role.all, actors=1, output=tmp_path / "units", user_manager=True)
+        seen = play(tmp_path, recipe, host, "demo")
+    assert list(seen["started"].values()) == ["active"] * 3
+    assert seen["restarts"] == ["0"] * 3, "healthy workers ping in time"
+    assert seen["steps"] > 2
+    assert set(seen["stopped"].values()) == {"inactive"}
+    assert seen["checkpoints"] > 0, "the learner saves before it leaves"
+    assert seen["survivors"] == seen["engines"] == []

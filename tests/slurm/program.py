@@ -17,12 +17,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from broker.main import serve
+from common.errors import EXIT_USER_ERROR, UserError
 from common.recipe import load_recipe
 from common.systemd import Watchdog, notify_ready
 from deploy.folder import prepare
@@ -56,13 +59,25 @@ def run_actor(folder: Path, name: str) -> int:
     address, keys = _find_broker(None, str(folder), None)
     engine = subprocess.Popen(["sleep", "100000"], start_new_session=True)
     actor = ScriptedActor(address, name, group_s=GROUP_S, keys=keys)
-    signal.signal(signal.SIGTERM, lambda *_: actor.stop())
+    on_sigterm(actor.stop)
     note(folder, name, "started", engine=engine.pid)
     under_systemd(folder, name)
     actor.run()
     engine.kill()
     note(folder, name, "left")
     return 0
+
+
+def on_sigterm(stop: Callable[[], None]) -> None:
+    """Leave in order, and within ten seconds even when the broker is gone."""
+
+    def leave(*_: object) -> None:
+        stop()
+        backstop = threading.Timer(10.0, os._exit, (0,))
+        backstop.daemon = True
+        backstop.start()
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def under_systemd(folder: Path, name: str) -> None:
@@ -79,7 +94,7 @@ def run_learner(folder: Path) -> int:
         return 0
     address, keys = _find_broker(None, str(folder), None)
     learner = ScriptedLearner(address, folder / "checkpoint.json", step_s=0.1, every=3, keys=keys)
-    signal.signal(signal.SIGTERM, lambda *_: learner.stop())
+    on_sigterm(learner.stop)
     note(folder, "learner", "started")
     under_systemd(folder, "learner")
     learner.run()
@@ -111,11 +126,15 @@ def main() -> int:
     options = parser.parse_args()
     if "TEST_EXIT" in os.environ:
         return int(os.environ["TEST_EXIT"])
-    if options.verb == "broker":
-        return run_broker(options.recipe, options.set)
-    if options.verb == "actor":
-        return run_actor(options.run, options.name)
-    return run_learner(options.run)
+    try:
+        if options.verb == "broker":
+            return run_broker(options.recipe, options.set)
+        if options.verb == "actor":
+            return run_actor(options.run, options.name)
+        return run_learner(options.run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":
