@@ -11,6 +11,7 @@ from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
 from actors import main as actor_main
 from actors.evaluation import TEXTS_PER_SET, Evaluator
 from actors.heart import Heart
+from actors.leaving import Leaving
 from actors.meters import Meters
 from actors.policy import Policy
 from actors.prompts import tokenizer_digest
@@ -153,6 +154,46 @@ class TestHeart:
             pulses = self.beat(iter([pulse, BrokerUnreachable("no answer"), pulse, shut_out]))
         assert len(pulses) == 2
         assert "work in hand is kept" in caplog.text
+
+
+class TestLeaving:
+    def leave(self, script):
+        """Runs `script(leaving)` while an endless drain is under way; the way taken and the drains begun."""
+        drains = []
+
+        async def scenario():
+            leaving = Leaving()
+
+            async def drain(order):
+                drains.append(order)
+                await asyncio.sleep(0 if order.deadline_s == 1.0 else 60)
+
+            ordered = asyncio.create_task(leaving.ordered(drain))
+            await asyncio.sleep(0)
+            for step in script:
+                step(leaving)
+                await asyncio.sleep(0)
+            return await ordered
+
+        return asyncio.run(scenario()), drains
+
+    def test_one_drain_is_carried_out(self):
+        way, drains = self.leave([lambda x: x.drain(1.0, "scale in")])
+        assert way == "drain"
+        assert [order.reason for order in drains] == ["scale in"]
+
+    def test_a_stop_overtakes_a_drain(self):
+        way, drains = self.leave([lambda x: x.drain(9.0, "SIGTERM"), lambda x: x.stop("the run ends")])
+        assert (way, len(drains)) == ("stop", 1)
+
+    def test_a_second_signal_stops(self):
+        way, drains = self.leave([lambda x: x._on_signal("SIGTERM"), lambda x: x._on_signal("SIGINT")])
+        assert (way, len(drains)) == ("stop", 1)
+
+    def test_a_second_drain_changes_nothing(self):
+        way, drains = self.leave([lambda x: x.drain(1.0, "a"), lambda x: x.drain(9.0, "b")])
+        assert way == "drain"
+        assert [order.reason for order in drains] == ["a"]
 
 
 class TestJoining:
