@@ -1,0 +1,254 @@
+"""Load for `benchmarks.broker`: actors and a learner that cost little themselves, and the relay to compare with.
+
+Invariant: the frames are those of the real messages; only their making is cut short (one payload for all groups,
+headers packed without validation), so that the machine's time goes to the broker and to the relay alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from typing import Any
+
+import msgpack
+import numpy as np
+import zmq
+
+from common.messages import PROTOCOL
+
+HIGH_WATER_MARK = 64
+HEARTBEAT_S = 2.0
+LEASE_WAIT_S = 0.02
+SOFTWARE = "0.1.0"
+
+
+def payload_of(samples: int, tokens: int) -> list[bytes]:
+    """Three buffers: a prompt of 100 ids, and ids and log-probabilities of all responses."""
+    rng = np.random.default_rng(0)
+    total = samples * tokens
+    ids = rng.integers(0, 150_000, size=total, dtype=np.int32)
+    return [
+        np.arange(100, dtype=np.int32).tobytes(),
+        ids.tobytes(),
+        (-rng.random(total, dtype=np.float32)).tobytes(),
+    ]
+
+
+def publish_frames(
+    assignment: dict[str, Any],
+    actor: str,
+    samples: int,
+    tokens: int,
+    policy: tuple[int, int],
+    request: int = 0,
+) -> list[bytes]:
+    """A `Publish` message and its payload; half of the responses are right."""
+    responses = [
+        {
+            "tokens": tokens,
+            "reward": float(i % 2),
+            "verdict": "correct" if i % 2 else "wrong",
+            "finish": "stop",
+            "versions": [[policy[1], tokens]],
+        }
+        for i in range(samples)
+    ]
+    header = {
+        "group": assignment["group"],
+        "lease": assignment["lease"],
+        "era": policy[0],
+        "actor": actor,
+        "prompt_tokens": 100,
+        "responses": responses,
+    }
+    key = samples, tokens
+    if key not in _PAYLOADS:
+        _PAYLOADS[key] = payload_of(samples, tokens)
+    return [pack("publish", {"header": header}, request), *_PAYLOADS[key]]
+
+
+_PAYLOADS: dict[tuple[int, int], list[bytes]] = {}
+
+
+def pack(kind: str, body: dict[str, Any], request: int) -> bytes:
+    """A header frame without validation."""
+    return msgpack.packb([PROTOCOL, kind, request, body])
+
+
+class Connection:
+    """A DEALER with numbered requests."""
+
+    def __init__(self, address: str, role: str, name: str, context: zmq.Context | None = None) -> None:
+        self.socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self.socket.connect(f"tcp://{address}")
+        self.numbers = itertools.count(1)
+        hello = {"role": role, "peer": name, "software": SOFTWARE, "host": "benchmark", "pid": 1}
+        self.welcome = self.ask("hello", hello)
+
+    def send(self, kind: str, body: dict[str, Any]) -> int:
+        number = next(self.numbers)
+        self.socket.send(pack(kind, body, number))
+        return number
+
+    def receive(self) -> tuple[str, int, dict[str, Any], list[zmq.Frame]]:
+        header, *payload = self.socket.recv_multipart(copy=False)
+        _, kind, number, body = msgpack.unpackb(header.buffer, raw=False)
+        return kind, number, body, payload
+
+    def ask(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        number = self.send(kind, body)
+        while True:
+            reply, answered, content, _ = self.receive()
+            if answered == number:
+                if reply == "refused":
+                    raise RuntimeError(f"{kind}: {content['reason']}")
+                return content
+
+
+class Learner(Connection):
+    """Takes, fetches and commits step after step; `policy` is what the actors of this process hold at once."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, "learner", "learner")
+        self.received = 0
+        self.step = 0
+        self.policy = (0, 0)
+
+    def status(self) -> dict[str, Any]:
+        return self.ask("status_query", {"groups": False})["status"]
+
+    def rewind(self) -> None:
+        self.policy = (self.ask("rewind", {"step": 0, "version": 0})["era"], 0)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = self.ask("take", {"step": self.step, "wait_s": 60.0})
+            if not batch["ready"]:
+                raise RuntimeError(f"step {self.step}: {batch['reason']}")
+            self.send("fetch", {"groups": [header["group"] for header in batch["groups"]]})
+            *_, payload = self.receive()
+            self.received += sum(len(part.buffer) for part in payload)
+            self.ask("commit", {"step": self.step, "version": self.step + 1, "metrics": {}})
+            self.step += 1
+            self.policy = (self.policy[0], self.step)
+
+
+class ActorFleet:
+    """Many actors in one thread: each leases, publishes, waits for its ACK, and sends heartbeats.
+
+    Args:
+        learner: of the same process; the actors hold its newest policy, as if weights took no time.
+        window: groups that the broker admits at one time, shared out among the actors.
+    """
+
+    def __init__(
+        self, address: str, count: int, samples: int, tokens: int, *, learner: Learner, window: int
+    ) -> None:
+        self.shape, self.learner = (samples, tokens), learner
+        context = zmq.Context()
+        context.set(zmq.MAX_SOCKETS, count + 100)
+        self.actors = [Connection(address, "actor", f"actor-{i}", context) for i in range(count)]
+        self.names = {id(actor.socket): f"actor-{i}" for i, actor in enumerate(self.actors)}
+        self.capacity = max(1, min(32, window // count))
+        self._stopping = threading.Event()
+        self._open = {id(actor.socket): 0 for actor in self.actors}
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Serve every connection as replies come in."""
+        poller = zmq.Poller()
+        by_socket = {actor.socket: actor for actor in self.actors}
+        for actor in self.actors:
+            poller.register(actor.socket, zmq.POLLIN)
+            self._lease(actor)
+        next_beat = time.monotonic()
+        while not self._stopping.is_set():
+            for socket, _ in poller.poll(20):
+                self._answer(by_socket[socket])
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + HEARTBEAT_S
+                for actor in self.actors:
+                    actor.send("heartbeat", {"state": "working"})
+
+    def _lease(self, actor: Connection) -> None:
+        era, version = self.learner.policy
+        body = {"capacity": self.capacity, "era": era, "version": version, "wait_s": LEASE_WAIT_S}
+        actor.send("lease", body)
+
+    def _answer(self, actor: Connection) -> None:
+        kind, _, content, _ = actor.receive()
+        if kind == "grant":
+            self._publish(actor, content["groups"])
+        elif kind == "ack":
+            self._open[id(actor.socket)] -= 1
+            if not self._open[id(actor.socket)]:
+                self._lease(actor)
+        elif kind == "refused":
+            raise RuntimeError(content["reason"])
+
+    def _publish(self, actor: Connection, groups: list[dict[str, Any]]) -> None:
+        if not groups:
+            self._lease(actor)
+        self._open[id(actor.socket)] = len(groups)
+        for assignment in groups:
+            frames = publish_frames(
+                assignment,
+                self.names[id(actor.socket)],
+                *self.shape,
+                self.learner.policy,
+                next(actor.numbers),
+            )
+            actor.socket.send_multipart(frames, copy=False)
+
+
+# --- the reference -----------------------------------------------------------------------------------------
+
+
+def relay(front: str, back: str, core: int) -> None:
+    """ROUTER -> DEALER, frame by frame, nothing else: the least that a broker in Python could do."""
+    os.sched_setaffinity(0, {core})
+    context = zmq.Context()
+    incoming, outgoing = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    for socket, address in ((incoming, front), (outgoing, back)):
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        socket.bind(address)
+    while True:
+        frames = incoming.recv_multipart(copy=False)
+        outgoing.send_multipart(frames[1:], copy=False)
+
+
+def relay_load(front: str, back: str, frames: list[bytes], *, groups: int, warm: int) -> float:
+    """Payload bytes per second of the relay, after `warm` groups."""
+    context = zmq.Context.instance()
+    sender, receiver = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+    for socket, address in ((sender, front), (receiver, back)):
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        socket.connect(address)
+
+    def send() -> None:
+        for _ in range(groups):
+            sender.send_multipart(frames, copy=False)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    received, started = 0, 0.0
+    for number in range(groups):
+        if number == warm:
+            received, started = 0, time.perf_counter()
+        _, *payload = receiver.recv_multipart(copy=False)
+        received += sum(len(part.buffer) for part in payload)
+    rate = received / (time.perf_counter() - started)
+    thread.join()
+    sender.close()
+    receiver.close()
+    return rate
