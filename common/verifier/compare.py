@@ -11,7 +11,7 @@ from itertools import chain
 
 from .intervals import same_subset, subset
 from .nodes import CONSTANTS, Node, canonical, contains, is_constant, num, symbols
-from .scalars import scalar_equal
+from .scalars import factor_between, scalar_equal
 from .units import droppable, same_unit
 
 _STRUCTURES = (
@@ -40,7 +40,7 @@ def equal(gold: Node, response: Node, *, lenient: bool = False) -> bool:
     """
     gold, response = _reduce(gold), _reduce(response)
     if canonical(gold) == canonical(response):
-        return not contains(gold, "undefined")
+        return True
     if "qty" in (gold.op, response.op):
         return _quantities(gold, response, lenient)
     if "rel" in (gold.op, response.op):
@@ -232,8 +232,6 @@ def _difference(relation: Node) -> Node:
 
 def _proportional(a: Node, b: Node, *, signed: bool) -> bool:
     """Whether a = c b for a constant c other than 0 (positive if signed), probed at two points."""
-    from .scalars import factor_between
-
     factor = factor_between(a, b)
     if factor is None or factor == 0 or (signed and factor < 0):
         return False

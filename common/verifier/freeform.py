@@ -22,7 +22,6 @@ _FORMULA = re.compile(
 _NUMBER = re.compile(r"(?<![\w.,^_/])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:[.,]\d+)?(?:/\d+)?(?![\d^])\s*\\?%?")
 _CHOICE = re.compile(r"^\W*\(?([A-J])\)?(?=[\s.,:;)。，不]|$)(?!\s*[=+*/^])")
 _SENTENCE = re.compile(r"(?<=[.。!?])\s+|\n+|(?<=。)")
-_ARITHMETIC = re.compile(r"^[\s\d.()+*/-]*\d[\s\d.()+*/-]*(?:\\?\w+)?[\s\w*/+-]*$")
 
 
 def final_answer(response: str) -> tuple[str, ...]:

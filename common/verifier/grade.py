@@ -1,7 +1,7 @@
 r"""Grades one response against its gold answer.
 
 Invariant: a pure function of its arguments that never raises on any response. It runs in the caller's thread; only
-the pool can stop it, although every step is bounded (see `normalise`, `tokens`, `parse`, `evaluate`).
+the pool can stop it, although every step is bounded (see `normalise`, `grammar`, `evaluate`).
 
 Where this grader deliberately differs from the paper's (section 4 of its digest):
 
@@ -28,13 +28,13 @@ from typing import Literal
 
 from ..errors import UserError
 from .compare import equal
-from .extract import Extraction, Template, extract
+from .extract import TEMPLATES, Extraction, Template, adjacent_boxes, extract, last_box
 from .freeform import final_answer
+from .full import math_verify_equal
+from .grammar import ParseError, parse_answer
 from .nodes import Node
 from .normalise import MAX_CHARS, is_words, normalise, text_key
-from .parse import parse_answer
 from .scalars import decimal_literal
-from .tokens import ParseError
 from .verdict import Verdict, correct, unformatted, wrong
 
 Level = Literal["fast", "full"]
@@ -87,8 +87,6 @@ def any_match(answers: tuple[str, ...], golds: tuple[str, ...], level: Level) ->
 
 def check_options(level: str, template: str) -> None:
     """Raises UserError for an unknown level or template."""
-    from .extract import TEMPLATES
-
     if level not in LEVELS:
         raise UserError(f"unknown level {level!r}; one of {', '.join(LEVELS)}", setting="verifier.level")
     if template not in TEMPLATES:
@@ -152,8 +150,6 @@ def read(answer: str) -> Reading | None:
 @lru_cache(maxsize=4096)
 def gold_readings(gold: str) -> tuple[Reading, ...]:
     r"""Readings of a gold answer: the content of its boxes if it has any; a letter for `(D) Alina`."""
-    from .extract import adjacent_boxes, last_box
-
     texts = [gold]
     if "\\boxed" in gold:
         joined = adjacent_boxes(gold)
@@ -192,6 +188,7 @@ def matches(answer: str, gold: str, level: Level) -> bool:
 
 
 def _same(response: Reading, gold: Reading, level: Level) -> bool:
+    """By spelling, then as words, then as trees, then (level `full`) by Math-Verify."""
     if response.text == gold.text:
         return True
     if response.words or gold.words:
@@ -203,11 +200,7 @@ def _same(response: Reading, gold: Reading, level: Level) -> bool:
         return True
     if _trees_equal(response, gold, lenient=level == "full"):
         return True
-    if level != "full":
-        return False
-    from .full import math_verify_equal
-
-    return math_verify_equal(response, gold)
+    return level == "full" and math_verify_equal(response, gold)
 
 
 def _trees_equal(response: Reading, gold: Reading, *, lenient: bool) -> bool:
@@ -217,9 +210,6 @@ def _trees_equal(response: Reading, gold: Reading, *, lenient: bool) -> bool:
         a, b = mine.get(name, mine.get("grouped")), theirs.get(name, theirs.get("grouped"))
         if name == "comma" and not all(n is not None and decimal_literal(n) for n in (a, b)):
             continue  # `-3,00` is -3.00 only against another decimal, else a list
-        try:
-            if a is not None and b is not None and equal(b, a, lenient=lenient):
-                return True
-        except RecursionError:
-            continue
+        if a is not None and b is not None and equal(b, a, lenient=lenient):
+            return True
     return False

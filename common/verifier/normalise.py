@@ -68,6 +68,7 @@ _TEXTUAL = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox|bm|boldsymbol|operatorname\*?|emph|textnormal|mathnormal)\s*\{([^{}]*)\}"
 )
 _WORD_SEPARATOR = re.compile(r",? and |, ?")
+_ARTICLE = re.compile(r"^(?:an?|the) (?!and |or )(?=\w{3})")
 _LETTER = re.compile(r"^\(?([a-j])\)$")  # the label of a choice
 _NOT_WORD = re.compile(r"[\s{}$.]+")
 
@@ -112,8 +113,7 @@ def text_key(normalised: str) -> str:
         if previous == normalised:
             break
     words = _LETTER.sub(r"\1", _NOT_WORD.sub(" ", normalised).strip().casefold())
-    if words.startswith(("an ", "a ", "the ")) and len(words) > 5:
-        words = words.split(" ", 1)[1]
+    words = _ARTICLE.sub("", words)
     if ", " in words or " and " in words:  # a list of words has no order
         words = ", ".join(sorted(_WORD_SEPARATOR.split(words)))
     return words

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from common.verifier import Outcome, VerifierPool, grade
 from common.verifier.evaluate import Evaluator
+from common.verifier.grammar import parse_answer
 from common.verifier.nodes import canonical
 from common.verifier.normalise import normalise
-from common.verifier.parse import parse_answer
 
 INTEGERS = st.integers(-(10**12), 10**12)
 FRACTIONS = st.fractions(max_denominator=10**6).filter(lambda f: abs(f) < 10**9)

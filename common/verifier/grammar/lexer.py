@@ -8,6 +8,17 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from .vocabulary import (
+    CONNECTORS,
+    FONT_COMMANDS,
+    FUNCTIONS,
+    PLAIN_NAMES,
+    PREFIXES,
+    SCALES,
+    TEXT_COMMANDS,
+    UNIT_WORDS,
+)
+
 MAX_TOKENS = 2500
 
 
@@ -23,146 +34,17 @@ class Token(NamedTuple):
     spaced: bool  # whether white space stood before it
 
 
-FUNCTIONS = [
-    "arcsin",
-    "arccos",
-    "arctan",
-    "arccot",
-    "arcsec",
-    "arccsc",
-    "arcsinh",
-    "arccosh",
-    "arctanh",
-    "asin",
-    "acos",
-    "atan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "coth",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "ln",
-    "lg",
-    "exp",
-    "sqrt",
-    "cbrt",
-    "gcd",
-    "lcm",
-    "max",
-    "min",
-    "abs",
-    "floor",
-    "ceil",
-]
-_FUNCTION_NAMES = frozenset(FUNCTIONS)
-_PREFIX = re.compile(
-    "|".join(sorted(("sin", "cos", "tan", "log", "ln", "sqrt", "exp", "pi"), key=len, reverse=True))
-)
-CONNECTORS = frozenset({"and", "or", "y", "oder", "und", "ou", "et"}) - {"y"}
-UNIT_WORDS = frozenset(
-    [
-        "cm",
-        "mm",
-        "km",
-        "dm",
-        "nm",
-        "kg",
-        "mg",
-        "lb",
-        "lbs",
-        "oz",
-        "ft",
-        "yd",
-        "mi",
-        "hr",
-        "hrs",
-        "min",
-        "mins",
-        "sec",
-        "secs",
-        "ms",
-        "mph",
-        "kph",
-        "kmh",
-        "rpm",
-        "hz",
-        "khz",
-        "mhz",
-        "ghz",
-        "ev",
-        "kev",
-        "mev",
-        "gev",
-        "kj",
-        "kw",
-        "kwh",
-        "pa",
-        "kpa",
-        "mpa",
-        "mol",
-        "ml",
-        "rad",
-        "sq",
-        "units",
-        "unit",
-        "deg",
-        "degs",
-        "pct",
-        "usd",
-        "eur",
-        "rs",
-    ]
-)
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-
+_PREFIX = re.compile("|".join(PREFIXES))
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?(?!\d)")
 _SPACED_THOUSANDS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d.])")
 _DECIMAL_COMMA = re.compile(r"\d+,\d+")
 _NUMBER = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?")
 _COMMAND = re.compile(r"\\([a-zA-Z]+\*?|.)", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+")
-_TEXT_COMMANDS = frozenset(
-    [
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "textsf",
-        "texttt",
-        "textnormal",
-        "mbox",
-        "hbox",
-        "emph",
-        "mathrm",
-        "mathnormal",
-    ]
-)
-_FONT_COMMANDS = frozenset(
-    [
-        "mathbf",
-        "mathit",
-        "mathsf",
-        "boldsymbol",
-        "bm",
-        "pmb",
-        "mathcal",
-        "mathscr",
-        "mathfrak",
-        "boxed",
-        "fbox",
-    ]
-)
 _WORDY = re.compile(r"[^\W\d_]+(?:(?:[\s'./]+|-)[^\W\d_]+)*(?:\^?\d)?")
 
 _UNIT_DOT = re.compile(r"(?<=[a-zA-Z])\s*\\(?:cdot|times)\s*(?=[a-zA-Z])")
 _ABBREVIATION = re.compile(r"[^\W\d_](?:\.[^\W\d_])+\.?")
-_PLAIN_NAMES = _FUNCTION_NAMES | {"inf", "infinity", "infty", "oo", "pi", "mod"}
 
 
 class Lexer:
@@ -245,10 +127,10 @@ class Lexer:
         if match is None:
             raise ParseError("a backslash at the end")
         name, end = match.group(1), match.end()
-        if name in _TEXT_COMMANDS or name.startswith("operatorname"):
+        if name in TEXT_COMMANDS or name.startswith("operatorname"):
             content, end = _braced(source, end)
             self._text(content, name, spaced, nesting)
-        elif name in _FONT_COMMANDS:
+        elif name in FONT_COMMANDS:
             pass  # a font says nothing; its argument is read as a TeX group
         elif name == "\\":
             self._emit("newline", name, spaced)
@@ -274,7 +156,7 @@ class Lexer:
         low = words.casefold()
         if not words:
             return
-        if low in _FUNCTION_NAMES and not self._after_number(low):
+        if low in FUNCTIONS and not self._after_number(low):
             self._emit("command", low, spaced)
         elif low in ("inf", "infinity"):
             self._emit("command", "infty", spaced)
@@ -297,7 +179,7 @@ class Lexer:
         for word in words.split():
             if word.casefold().strip(",") in CONNECTORS:
                 self._flush(run, spaced)
-                self._emit("connector", word, True)
+                self._emit("connector", word.strip(","), True)
                 run = []
             else:
                 run.append(word)
@@ -317,7 +199,7 @@ class Lexer:
         if abbreviation := _ABBREVIATION.match(source, position):
             self._emit("text", abbreviation.group().rstrip("."), spaced)
             return abbreviation.end()
-        if low in _PLAIN_NAMES and not self._after_number(low):
+        if low in PLAIN_NAMES and not self._after_number(low):
             self._emit("command", low, spaced)
         elif low in CONNECTORS:
             self._emit("connector", low, spaced)
