@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from actors.weights.adapters import load_adapter, load_neutral_adapter
+from actors.weights.prepared import PreparedModel, prepare
 from common.weights.protocol import LinkSpec
 from common.weights.stager import Staged, Stager
 from common.weights.store import Address
@@ -37,7 +38,8 @@ class WeightReceiverExtension:
         link = LinkSpec(**spec)
         on_device = Address.parse(link.address).route in _ON_DEVICE
         device = self.device if on_device else torch.device("cpu")
-        self._slipstream_stager = Stager(link, self.rank, device)
+        prepare = self._slipstream_prepare if self.device.type == "cpu" else None
+        self._slipstream_stager = Stager(link, self.rank, device, prepare)
 
     def slipstream_weights_stage(self, offer: dict[str, Any]) -> None:
         """Starts to receive; the outcome appears in the store."""
@@ -49,9 +51,12 @@ class WeightReceiverExtension:
         try:
             if staged.manifest.kind == "adapter":
                 load_adapter(self, dict(staged.tensors()), dict(staged.manifest.meta)["adapter_config"])
+            elif staged.prepared is not None:
+                staged.prepared.swap()
             else:
                 self._slipstream_reload(staged)
         finally:
+            staged.prepared = None
             staged.release()
 
     def slipstream_weights_neutral_adapter(self, layer: str, shape: list[int]) -> None:
@@ -64,6 +69,11 @@ class WeightReceiverExtension:
         if stager is not None:
             stager.close()
         self._slipstream_stager = None
+
+    def _slipstream_prepare(self, staged: Staged) -> PreparedModel | None:
+        if staged.manifest.kind == "adapter":
+            return None
+        return prepare(self.model_runner.get_model(), staged.tensors(), self.vllm_config)
 
     def _slipstream_reload(self, staged: Staged) -> None:
         from vllm.config import set_current_vllm_config

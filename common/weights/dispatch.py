@@ -19,7 +19,7 @@ from common.weights.errors import Cause
 from common.weights.plan import Endpoint, plan_tree
 from common.weights.protocol import push_deadline
 
-ACCEPT_SHARE = 1 / 3  # of the deadline: an offer is answered before anything is moved, so it may take less
+ACCEPT_SHARE = 1 / 2  # of the deadline: an offer is answered before anything is moved, so it may take less
 
 # How long a link that the learner serves counts against the degree. A frozen one must not hold up others until
 # its deadline, so after this time it is served beside the others.

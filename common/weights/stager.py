@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,10 @@ from common.weights.transport import BufferPool, receive_buckets, send_buckets
 
 
 class Staged:
-    """A complete version in this worker's memory. Its buffers return to the pool with the last `release`."""
+    """A complete version in this worker's memory. Its buffers return to the pool with the last `release`.
+
+    `prepared` is whatever the stager's `prepare` made of it in the background.
+    """
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Staged:
         self.manifest = manifest
         self.layout = layout
         self.buffers = buffers
+        self.prepared: Any = None
         self._pool = pool
         self._holders = 1 + len(offer.relays)
         self._lock = threading.Lock()
@@ -71,13 +75,21 @@ class Stager:
         spec: the link.
         rank: this worker's rank among the `spec.workers` of the link, 0-based. Rank 0 also relays.
         device: where to stage ("cpu" stages in host memory whatever the engine runs on).
+        prepare: called in the background with every complete version, to make its commit cheap.
     """
 
-    def __init__(self, spec: LinkSpec, rank: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: LinkSpec,
+        rank: int,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[Staged], Any] | None = None,
+    ) -> None:
         self.spec = spec
         self.rank = rank
         self._address = Address.parse(spec.address)
         self._device = torch.device(device)
+        self._prepare = prepare
         self._pool = BufferPool(self._device)
         self._offers: queue.SimpleQueue[Offer | None] = queue.SimpleQueue()
         self._groups: dict[str, Group] = {}
@@ -174,6 +186,8 @@ class Stager:
         staged = Staged(offer, manifest, layout, buffers, self._pool)
         if offer.checksums:
             verify(staged, decode(store.get(f"checksums/{offer.push}")))
+        if self._prepare is not None:
+            staged.prepared = self._prepare(staged)
         return staged
 
     def _fetch(self, store: dist.Store, offer: Offer, layout: list[Bucket]) -> list[torch.Tensor]:

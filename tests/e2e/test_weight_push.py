@@ -38,7 +38,7 @@ def snapshot(model: torch.nn.Module) -> Snapshot:
 
 @contextmanager
 def publishing(**options):
-    publisher = Publisher(run_id="run", deadline_s=20.0, checksum_every=2, **options)
+    publisher = Publisher(run_id="run", deadline_s=60.0, checksum_every=2, **options)
     try:
         yield publisher
     finally:
@@ -49,7 +49,7 @@ def publishing(**options):
 async def following(engine, address: str | None, **options):
     """A receiver of `engine` that follows a publisher; its task must still run at the end."""
     receiver = WeightReceiver(
-        engine, actor_id=ACTOR, run_id="run", address=address, deadline_s=20.0, **options
+        engine, actor_id=ACTOR, run_id="run", address=address, deadline_s=60.0, **options
     )
     task = asyncio.create_task(receiver.run())
     try:

