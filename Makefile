@@ -19,11 +19,12 @@ test: setup ## Run the tests, real engines included
 	@$(BIN)/python -m pytest -q -m "not nightly and not slurm"
 
 nightly: setup ## Run everything, the long tests too
-	@$(BIN)/python -m pytest -q -m "not slurm"
+	@tests/slurm/install.sh
+	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q
 
 test-slurm: setup ## Start a real Slurm and a real Prometheus here and test on them; installs them when root
 	@tests/slurm/install.sh
-	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q -m slurm
+	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q -m "slurm and not nightly"
 
 lint: setup ## Style, types of imports, format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
