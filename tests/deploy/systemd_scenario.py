@@ -100,10 +100,9 @@ def demo(folder: Path, units: Path) -> dict[str, object]:
     wait(lambda: set(states(DEMO_WORKERS).values()) == {"inactive"}, 90)
     facts["stopped"] = states(DEMO_WORKERS)
     facts["checkpoints"] = len(list((folder / "checkpoints").iterdir()))
-    facts["survivors"] = [
-        " ".join(p.cmdline()) for p in psutil.process_iter() if str(folder) in " ".join(p.cmdline())
-    ]
-    facts["engines"] = [p.name() for p in psutil.process_iter() if "VLLM" in p.name()]
+    lines = [" ".join(process.cmdline()) or process.name() for process in psutil.process_iter()]
+    ours = [line for line in lines if str(folder) in line and Path(__file__).name not in line]
+    facts["survivors"] = ours + [line for line in lines if "VLLM" in line]
     return facts
 
 

@@ -19,7 +19,7 @@ from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import final
 from tests.slurm.test_slurm_run import actors_at_work
 
-pytestmark = [pytest.mark.slurm, pytest.mark.e2e]
+pytestmark = [pytest.mark.slurm, pytest.mark.e2e, pytest.mark.nightly]
 STEPS = 14
 START_S = 240.0  # an engine on a busy machine
 

@@ -59,7 +59,7 @@ def assert_whole(folder: Path, steps: int) -> None:
 
 
 def test_scaled_hurt_and_requeued_run_ends_whole(cluster: Cluster, shared: Path, program):
-    steps = 250
+    steps = 200
     folder = send(write_recipe(shared, steps=steps), program)
     state = read_state(folder)
     wait_until(lambda: actors_at_work() == [0, 1], 60, "two actors run")
