@@ -49,10 +49,10 @@ def save_tiny_model(folder: Path, seed: int = 0, **shape: Any) -> Path:
     return folder
 
 
-def tiny_recipe(model: Path | str = "absent", **sections: dict[str, Any]) -> Recipe:
+def tiny_recipe(path: Path | str = "absent", **sections: dict[str, Any]) -> Recipe:
     """A recipe in float32 for the tiny model; sections are merged in."""
     tree: dict[str, dict[str, Any]] = {
-        "model": {"path": str(model), "max_context": 512, "dtype": "float32"},
+        "model": {"path": str(path), "max_context": 512, "dtype": "float32"},
         "data": {"train": "unused"},
         "rollout": {"group_size": 4, "max_tokens": 32},
         "batch": {"questions_per_step": 4, "optimizer_steps": 1},

@@ -1,0 +1,141 @@
+"""The learner process against a real broker: trains, stops in order, survives, continues, refuses."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
+from tests.e2e.learner_world import (
+    final_status,
+    learner_recipe,
+    pointer,
+    scripted_actor,
+    start_learner,
+    train_points,
+)
+from tests.learner.tiny import tiny_lm
+from tests.scripted.broker import running_broker
+
+pytestmark = pytest.mark.e2e
+PATIENCE_S = 180.0
+
+
+def wait_until_step(recipe, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if step in train_points(recipe):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"step {step} was never committed")
+
+
+def end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def test_a_run_is_trained_to_its_end_and_exported(tmp_path: Path) -> None:
+    recipe = learner_recipe(tmp_path)
+    with running_broker(recipe) as address, scripted_actor(address):
+        learner = start_learner(address, tmp_path / "learner.log")
+        try:
+            assert learner.wait(PATIENCE_S) == 0, (tmp_path / "learner.log").read_text()
+        finally:
+            end(learner)
+    points = train_points(recipe)
+    assert sorted(points) == list(range(6))
+    for values in points.values():
+        assert values["train/responses"] == 16
+        assert values["train/staleness_max"] <= recipe.batch.max_staleness
+        assert values["train/grad_norm"] > 0
+        assert 0 <= values["train/ratio_ess"] <= 1
+        assert values["train/skipped_updates"] == values["train/invalid_responses"] == 0
+    status = final_status(recipe)
+    assert status["ledger"]["sum_ok"]
+    assert status["ledger"]["consumed"] == 24
+    assert pointer(recipe)["step"] == status["pinned"]["step"] == 6
+    exported = Path(status["pinned"]["path"]) / "hf"
+    trained = AutoModelForCausalLM.from_pretrained(exported)
+    before = dict(tiny_lm().named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in trained.named_parameters())
+    assert AutoTokenizer.from_pretrained(exported).decode([3]) == "w3"
+
+
+def test_terminated_it_saves_and_killed_it_continues(tmp_path: Path) -> None:
+    """SIGTERM: checkpoint, exit 0. SIGKILL: the next one starts from the last checkpoint. Nothing trained twice."""
+    recipe = learner_recipe(tmp_path, run={"steps": 12}, batch={"max_staleness": 2})
+    log = tmp_path / "learner.log"
+    with running_broker(recipe) as address, scripted_actor(address):
+        learner = start_learner(address, log)
+        try:
+            wait_until_step(recipe, 1)
+            learner.send_signal(signal.SIGTERM)
+            assert learner.wait(30.0) == 0, log.read_text()
+            saved = pointer(recipe)["step"]
+            assert saved >= 2
+            learner = start_learner(address, log, resume=True)
+            wait_until_step(recipe, saved)
+            end(learner)
+            learner = start_learner(address, log, resume=True)
+            assert learner.wait(PATIENCE_S) == 0, log.read_text()
+        finally:
+            end(learner)
+    assert f"continuing from step {saved}" in log.read_text()
+    assert sorted(train_points(recipe)) == list(range(12))
+    status = final_status(recipe)
+    assert status["ledger"]["sum_ok"]
+    assert status["ledger"]["consumed"] == 12 * 4
+
+
+def test_a_mismatch_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    recipe = learner_recipe(tmp_path, learner={"max_mismatch": 0.01})
+    log = tmp_path / "learner.log"
+    with running_broker(recipe) as address, scripted_actor(address):
+        learner = start_learner(address, log)
+        try:
+            assert learner.wait(PATIENCE_S) == EXIT_RUN_FAILED
+        finally:
+            end(learner)
+    assert "error: step 0: engine and learner disagree by" in log.read_text()
+
+
+def test_a_second_start_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    recipe = learner_recipe(tmp_path)
+    (recipe.folder / "checkpoints" / "step-000002").mkdir(parents=True)
+    log = tmp_path / "learner.log"
+    with running_broker(recipe) as address:
+        learner = start_learner(address, log)
+        try:
+            assert learner.wait(PATIENCE_S) == EXIT_USER_ERROR
+        finally:
+            end(learner)
+    assert "error: run.name:" in log.read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_train_and_stop_together(tmp_path: Path, stage: int) -> None:
+    """SIGTERM to torchrun reaches all ranks, which agree on one last step; then two ranks go on."""
+    recipe = learner_recipe(tmp_path, run={"steps": 12}, learner={"ranks": 2, "zero_stage": stage})
+    log = tmp_path / "learner.log"
+    with running_broker(recipe) as address, scripted_actor(address):
+        learner = start_learner(address, log, ranks=2)
+        try:
+            wait_until_step(recipe, 1)
+            learner.send_signal(signal.SIGTERM)
+            learner.wait(60.0)  # torchrun's exit code says nothing after a signal; the checkpoint does
+            assert pointer(recipe)["step"] >= 2, log.read_text()
+            learner = start_learner(address, log, ranks=2, resume=True)
+            assert learner.wait(PATIENCE_S) == 0, log.read_text()
+        finally:
+            learner.terminate()
+            learner.wait(60.0)
+    assert final_status(recipe)["ledger"]["consumed"] == 12 * 4
