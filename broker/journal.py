@@ -58,13 +58,15 @@ class Journal:
         folder: holds `ledger.sqlite` and `payload-*.bin`; made if absent.
         fsync: wait for the disk at each save.
         record: never delete the payload of a trained group.
+        read_only: open an existing journal and change nothing (`put` and `save` must not be called).
     """
 
-    def __init__(self, folder: Path, *, fsync: bool = False, record: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, fsync: bool = False, record: bool = False, read_only: bool = False
+    ) -> None:
         self.folder, self.fsync, self.record = folder, fsync, record
         self.bytes_held = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._db = self._open_database()
+        self._db = self._read_database() if read_only else self._open_database()
         self._cache: dict[GroupId, Entry] = {}  # what is not consumed; the disk has it too, once saved
         self._fresh: dict[GroupId, Entry] = {}  # not saved yet
         self._places: dict[GroupId, Place] = {}
@@ -75,11 +77,18 @@ class Journal:
         self._load_places()
         self._segment = max(self._numbers(), default=0)
         self._writer, self._end = -1, 0
-        self._open_segment()
+        if not read_only:
+            self._open_segment()
 
     # --- opening -------------------------------------------------------------------------------------------
 
+    def _read_database(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            f"file:{self.folder / 'ledger.sqlite'}?mode=ro", isolation_level=None, uri=True
+        )
+
     def _open_database(self) -> sqlite3.Connection:
+        self.folder.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.folder / "ledger.sqlite", isolation_level=None)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA wal_autocheckpoint = 8192")
@@ -308,7 +317,8 @@ class Journal:
     def close(self) -> None:
         self._db.close()
         for descriptor in [self._writer, *self._readers.values()]:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

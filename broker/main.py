@@ -21,6 +21,7 @@ import zmq
 
 from broker.journal import Journal
 from broker.metrics_page import MetricsPage
+from broker.recording import open_recording
 from broker.run_folder import JOURNAL_FOLDER, Claim
 from broker.server import Server, open_socket
 from broker.service import Service
@@ -37,7 +38,12 @@ log = logging.getLogger("slipstream.broker")
 
 
 def serve(
-    recipe: Recipe, *, run_folder: Path, resume: bool = False, stop_event: threading.Event | None = None
+    recipe: Recipe,
+    *,
+    run_folder: Path,
+    resume: bool = False,
+    replay: Path | None = None,
+    stop_event: threading.Event | None = None,
 ) -> int:
     """Serve a run until it has ended; returns the exit code: 0 when it is finished or was stopped.
 
@@ -45,6 +51,8 @@ def serve(
         recipe: resolved, with `run.name` set.
         run_folder: the run's folder; made if absent.
         resume: continue the run in that folder.
+        replay: folder of a recorded run whose steps are served again, to a learner alone (`broker.recording`);
+            `recipe` must have its questions and batch.
         stop_event: leave at once when set; by default SIGTERM and SIGINT set one.
 
     Raises:
@@ -54,13 +62,17 @@ def serve(
     if resume and recipe.broker.durability == "memory":
         raise UserError("'memory' keeps nothing that --resume could continue.", setting="broker.durability")
     stop = stop_event or _stop_on_signals()
-    questions, held_out = load_training_set(recipe), load_held_out(recipe)
+    questions = load_training_set(recipe)
+    held_out = load_held_out(recipe) if replay is None else []
     claim = Claim(run_folder, resume=resume)
     context = zmq.Context()
     page = MetricsPage(recipe.broker.metrics_port)
     authenticator = socket = None
     try:
-        state = open_run(recipe, run_folder, questions, held_out)
+        if replay is not None:
+            state = open_replay(recipe, run_folder, questions, replay)
+        else:
+            state = open_run(recipe, run_folder, questions, held_out)
         socket = open_socket(context, recipe.broker.max_message_mb)
         if recipe.broker.keys is not None:
             authenticator = apply_server(socket, recipe.broker.keys, context)
@@ -100,6 +112,14 @@ def open_run(
         ledger.restart_clocks(now)
         state.restore(journal.meta("extra"), now)
     return state
+
+
+def open_replay(
+    recipe: Recipe, folder: Path, questions: Sequence[dict[str, Any]], recorded: Path
+) -> RunState:
+    """A run that serves the steps of a recorded one again; see `broker.recording`."""
+    ledger, store = open_recording(recorded, rules_of(recipe, len(questions)))
+    return RunState(recipe, folder, questions, [], store, ledger)
 
 
 def identity(recipe: Recipe, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -56,12 +56,14 @@ def wait_for_broker(folder: Path, seconds: float = 20.0, not_pid: int | None = N
 
 
 @contextmanager
-def running_broker(recipe: Recipe, *, resume: bool = False) -> Iterator[str]:
+def running_broker(recipe: Recipe, *, resume: bool = False, replay: Path | None = None) -> Iterator[str]:
     """A broker in a thread; yields its address. Ends with the run or with the block."""
     stop = threading.Event()
     codes: list[int] = []
     thread = threading.Thread(
-        target=lambda: codes.append(serve(recipe, run_folder=recipe.folder, resume=resume, stop_event=stop)),
+        target=lambda: codes.append(
+            serve(recipe, run_folder=recipe.folder, resume=resume, replay=replay, stop_event=stop)
+        ),
         daemon=True,
     )
     thread.start()
