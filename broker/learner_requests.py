@@ -56,6 +56,8 @@ class LearnerRequests:
         outcome = state.ledger.rewind(message.step, message.version, state.store.kept)
         self._waiting.clear()
         self._starved_since = None
+        if not state.ledger.finished:
+            self._ending.cancel()
         if state.ledger.era != era:
             state.weights = None
             state.changed = True

@@ -13,6 +13,8 @@ from typing import Any
 
 from common.messages import Heartbeat, Hello
 
+LEFT = "left"
+MAX_PEERS = 5_000
 MAX_CONNECTIONS = 20_000
 RATE_WINDOW_S = 60.0
 
@@ -147,6 +149,12 @@ class Members:
         was_there = known is not None and known.alive and known.role == "actor"
         self.living_actors += (peer.role == "actor") - was_there
         self.peers[peer.name] = peer
+        if len(self.peers) >= MAX_PEERS:
+            self._forget_the_dead()
+
+    def _forget_the_dead(self) -> None:
+        for name in [name for name, peer in self.peers.items() if not peer.alive and not peer.bad]:
+            del self.peers[name]
 
     def disconnect(self, name: str) -> None:
         """Forget the connections of a peer: they must say Hello again."""

@@ -19,7 +19,7 @@ from broker.actor_requests import ActorRequests
 from broker.ending import Ending
 from broker.learner_requests import LearnerRequests
 from broker.ledger import DRAINING, LedgerError
-from broker.members import Peer
+from broker.members import LEFT, MAX_PEERS, Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
 from broker.status import group_view, snapshot
@@ -59,7 +59,7 @@ class Service:
     def __init__(self, state: RunState) -> None:
         self.state = state
         self.outbox = Outbox()
-        self.ending = Ending(state.members)
+        self.ending = Ending(state.members, state.recipe.broker.final_eval_s)
         self.actors = ActorRequests(state, self.outbox, self.ending)
         self.learner = LearnerRequests(state, self.outbox, self.ending)
         self._software = software_version()
@@ -216,6 +216,8 @@ class Service:
         known = self.state.members.peers.get(hello.peer)
         if known is not None and known.alive and known.role != hello.role:
             return f"'{hello.peer}' is already in the run as {known.role}"
+        if known is None and len(self.state.members.peers) >= MAX_PEERS:
+            return f"{MAX_PEERS} peers are in this run"
         others = [p.name for p in self.state.members.living("learner") if p.name != hello.peer]
         if hello.role == "learner" and others:
             return f"the learner '{others[0]}' is in the run; there is one learner at a time"
@@ -256,7 +258,7 @@ class Service:
         if peer.role == "actor":
             held = [group.key for group in self.state.ledger.leased if group.actor == peer.name]
             self.state.ledger.release(peer.name, held, DRAINING)
-        self._remove(peer, "left", message.reason, now)
+        self._remove(peer, LEFT, message.reason, now)
 
     def _remove(self, peer: Peer, outcome: str, reason: str, now: float) -> None:
         state = self.state
