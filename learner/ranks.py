@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -59,20 +61,45 @@ def _alone(master_port: int) -> Mapping[str, str]:
 
 
 def load_deepspeed() -> Any:
-    """Import DeepSpeed without building any of its extensions.
+    """Import DeepSpeed without building any of its extensions and without what we never use of it.
 
-    Its shared-memory collective (only used for inference) would be compiled by every first start on CPU.
+    Left out, it saves seconds of every start: its shared-memory collective (only for inference) would be compiled
+    by the first start on CPU, its autotuner imports mlflow, and its Muon optimizer wraps functions in
+    torch.compile when ZeRO is set up, which loads the whole compiler.
     """
+    if "deepspeed" in sys.modules:
+        return sys.modules["deepspeed"]
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import; must not be set on GPU nodes
     # torch announces the next names of collectives at each use of today's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-    import deepspeed.ops
+    with _hidden("mlflow"):
+        import deepspeed
+        import deepspeed.ops
+        import deepspeed.runtime.compiler
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.runtime.compiler.compile = _left_uncompiled
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Let an optional `package` look absent, unless it is loaded already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment] - Python's own way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+def _left_uncompiled(*_: Any, **__: Any) -> Callable[[Any], Any]:
+    """In place of DeepSpeed's decorator `compile()`."""
+    return lambda function: function
 
 
 @dataclass(frozen=True, slots=True)
