@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "actor": ("deploy.workers", "actor", "Its workers, one by one"),
     "learner": ("deploy.workers", "learner", "Its workers, one by one"),
     "track": ("deploy.workers", "track", "Its workers, one by one"),
+    "eval": ("deploy.eval", "evaluate", "Models and answers"),
     "grade": ("deploy.grade", "grade", "Models and answers"),
     "pretrain": ("deploy.pretrain", "pretrain", "Models and answers"),
     "study": ("deploy.study", "study", "Models and answers"),

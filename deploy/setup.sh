@@ -20,7 +20,7 @@ stamp="$venv/.installed-$kind-$(cat pyproject.toml deploy/setup.sh constraints/*
 
 echo "setup: building $venv for $kind (a few minutes the first time)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 
 pip install --upgrade "pip>=25" "setuptools>=77,<82" wheel
 if [ "$kind" = cpu ]; then
