@@ -6,6 +6,7 @@ an independent recount), and a journal that is closed and opened again at any po
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections import Counter
@@ -291,6 +292,15 @@ class JournalModel(LedgerModel):
             assert [bytes(part) for part in self.journal.get(key).payload] == list(PAYLOAD)
         restored.restart_clocks(self.now)
         self.ledger = restored
+        self.saved = copy.deepcopy(restored)
+
+    def teardown(self) -> None:
+        """However the example ended, it crashes now: what comes back is what was saved last."""
+        if getattr(self, "saved", None) is not None:
+            again = Journal(self.folder)
+            assert_equal(again.load(self.rules), self.saved)
+            again.close()
+        super().teardown()
 
 
 def assert_equal(one: Ledger, other: Ledger) -> None:
