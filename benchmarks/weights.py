@@ -1,10 +1,11 @@
 """How fast weights reach receivers, and how long generation stands still, against references of the same run.
 
-    python -m benchmarks.weights [transfer publish fanout stop] [--megabytes 400] [--json FILE]
+    python -m benchmarks.weights [transfer publish fanout steps stop] [--megabytes 400] [--json FILE]
 
 transfer  bytes/s of a push to one receiver, against a raw two-rank gloo broadcast of the same buckets
 publish   seconds that `take_snapshot` + `publish` take of the learner, against one copy of the same tensors
 fanout    the learner's own sending seconds for 16 receivers, against those for 2
+steps     the learner's slowest step while receivers are killed and frozen, against its slowest undisturbed
 stop      milliseconds that generation stands still, against vLLM's own empty pause and the decode step
           (10 MB), or against bytes / memcpy bandwidth (400 MB)
 
@@ -19,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -40,6 +42,7 @@ MB = 1_000_000
 REPEATS = 5
 DEADLINE_S = 60.0
 RUN = "benchmark"
+STRIKES = {6: (0, signal.SIGKILL), 12: (1, signal.SIGSTOP), 24: (2, signal.SIGSTOP), 30: (1, signal.SIGCONT)}
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["torch", "common.weights.scripted"])
 
@@ -78,7 +81,7 @@ def _receive(address: str, name: str) -> None:
 
 
 @contextmanager
-def receivers(publisher: Publisher, count: int) -> Iterator[None]:
+def receivers(publisher: Publisher, count: int) -> Iterator[list[Any]]:
     """`count` scripted receivers in processes of their own, connected."""
     started = [
         _FORKED.Process(target=_receive, args=(publisher.address, f"r{index}"), daemon=True)
@@ -88,7 +91,7 @@ def receivers(publisher: Publisher, count: int) -> Iterator[None]:
         process.start()
     try:
         _await(lambda: publisher.meters()["links"] == count)
-        yield
+        yield started
     finally:
         for process in started:
             process.kill()
@@ -221,6 +224,36 @@ def _sending_seconds(megabytes: float, count: int) -> float:
         seconds = median(one_push)
     publisher.close()
     return seconds
+
+
+# -------------------------------------------------------------------- steps
+
+
+def steps(megabytes: float) -> list[dict[str, Any]]:
+    """Slowest step (arithmetic, snapshot, publish) with 4 receivers, quiet and under blows."""
+    quiet, struck = (_slowest_step(megabytes, blows=blows) * 1e3 for blows in (False, True))
+    return [row("slowest step, receivers struck", struck, quiet, "ms", "aim: at most 100 ms more")]
+
+
+def _slowest_step(megabytes: float, *, blows: bool) -> float:
+    model = Layers(megabytes)
+    publisher = Publisher(run_id=RUN, degree=2, deadline_s=3.0, checksum_every=0)
+    work = torch.randn(700, 700)
+    slowest = 0.0
+    with receivers(publisher, 4) as processes:
+        for step in range(40):
+            if blows and step in STRIKES:
+                process = processes[STRIKES[step][0]]
+                os.kill(process.pid, STRIKES[step][1])
+            started = time.perf_counter()
+            for _ in range(3):
+                work = torch.tanh(work @ work)
+            publisher.publish(step, take_snapshot(model))
+            if step >= 3:  # the first ones build groups and memory
+                slowest = max(slowest, time.perf_counter() - started)
+            time.sleep(0.1)
+    publisher.close()
+    return slowest
 
 
 # -------------------------------------------------------------------- stop
@@ -358,7 +391,7 @@ async def _stopped_by_push(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["transfer", "publish", "fanout", "stop"])
+    parser.add_argument("parts", nargs="*", default=["transfer", "publish", "fanout", "steps", "stop"])
     parser.add_argument("--megabytes", type=float, default=400.0)
     parser.add_argument("--json", type=Path, default=None)
     chosen = parser.parse_args()
@@ -367,6 +400,7 @@ def main() -> None:
         "transfer": lambda: transfer(chosen.megabytes),
         "publish": lambda: publish(chosen.megabytes),
         "fanout": lambda: fanout(min(chosen.megabytes, 100.0)),
+        "steps": lambda: steps(min(chosen.megabytes, 100.0)),
         "stop": stop,
     }
     rows = [line for part in chosen.parts for line in parts[part]()]

@@ -87,7 +87,13 @@ class WeightReceiver:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights-client")
         self._origin: str | None = None  # token of the publisher that `version` came from
         self._generation = 0
-        self._meters: dict[str, Any] = {"pushes": 0, "bytes": 0, "staged_s": 0.0, "stopped_ms": 0.0}
+        self._meters: dict[str, Any] = {
+            "pushes": 0,
+            "bytes": 0,
+            "staged_s": 0.0,
+            "stopped_ms": 0.0,
+            "prepared": False,
+        }
         self._failures: Counter[Cause] = Counter()
         self._adapter = False
         self.version = initial_version
@@ -126,7 +132,8 @@ class WeightReceiver:
             self._address_changed.set()
 
     def meters(self) -> dict[str, Any]:
-        """Version, pushes, bytes, seconds staged and milliseconds stopped (last push), failures by cause."""
+        """Version, pushes, bytes; of the last push seconds staged, milliseconds stopped and whether it was
+        prepared for the engine beforehand; failures by cause."""
         failures = {str(cause): count for cause, count in self._failures.items()}
         return {"version": self.version, "generation": self._generation, **self._meters, "failures": failures}
 
@@ -266,7 +273,7 @@ class WeightReceiver:
         try:
             async with asyncio.timeout(self._deadline_s):
                 await self._engine.pause_generation(mode="keep", clear_cache=self._clear_cache)
-                await self._engine.collective_rpc("slipstream_weights_commit", args=(offer.version,))
+                how = await self._engine.collective_rpc("slipstream_weights_commit", args=(offer.version,))
                 await self._label(offer.version)
                 self.version, self._origin = offer.version, address.token
                 await self._called_back(offer.version)
@@ -275,6 +282,7 @@ class WeightReceiver:
             raise EngineDamagedError(
                 f"commit of version {offer.version} failed: {type(error).__name__}: {error}"
             ) from error
+        self._meters["prepared"] = all(how)
         return (time.perf_counter() - started) * 1e3
 
     async def _label(self, version: int) -> None:

@@ -45,19 +45,21 @@ class WeightReceiverExtension:
         """Starts to receive; the outcome appears in the store."""
         self._slipstream_stager.stage(offer)
 
-    def slipstream_weights_commit(self, version: int) -> None:
-        """Swaps in the staged version. The engine must be paused."""
+    def slipstream_weights_commit(self, version: int) -> bool:
+        """Swaps in the staged version; the engine must be paused. True when it had been prepared."""
         staged = self._slipstream_stager.take(version)
+        prepared = staged.prepared is not None
         try:
             if staged.manifest.kind == "adapter":
                 load_adapter(self, dict(staged.tensors()), dict(staged.manifest.meta)["adapter_config"])
-            elif staged.prepared is not None:
+            elif prepared:
                 staged.prepared.swap()
             else:
                 self._slipstream_reload(staged)
         finally:
             staged.prepared = None
             staged.release()
+        return prepared
 
     def slipstream_weights_neutral_adapter(self, layer: str, shape: list[int]) -> None:
         """Loads an adapter that changes nothing, for requests to carry until one is pushed."""

@@ -38,10 +38,10 @@ class PretendedEngine:
         self.output_processor = SimpleNamespace(request_states={})
         self._stagers: list[Stager] = []
 
-    async def collective_rpc(self, method: str, args=()) -> None:
+    async def collective_rpc(self, method: str, args=()) -> list:
         if self.hang:
             await asyncio.sleep(100)
-        getattr(self, method.removeprefix("slipstream_weights_"))(*args)
+        return [getattr(self, method.removeprefix("slipstream_weights_"))(*args)]
 
     def connect(self, spec: dict) -> None:
         self._stagers = [Stager(LinkSpec(**spec), rank) for rank in range(spec["workers"])]

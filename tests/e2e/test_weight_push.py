@@ -93,7 +93,7 @@ def assert_each_token_agrees(responses: list[Response], models) -> None:
     assert min(worst_difference(r, models, shift=1) for r in responses) > 0.1, "a wrong version must show"
 
 
-async def push_six_times_under_load(folder: Path, models, **engine_options):
+async def push_six_times_under_load(folder: Path, models, *, prepared: bool, **engine_options):
     with publishing() as publisher:
         async with (
             running_engine(folder, **engine_options) as engine,
@@ -105,6 +105,7 @@ async def push_six_times_under_load(folder: Path, models, **engine_options):
                 await push(publisher, version, model)
             finished = list(await asyncio.gather(*running))
             greedy = await respond(engine, receiver, "greedy", [5, 6, 7], 32, temperature=0.0)
+            assert receiver.meters()["prepared"] is prepared
             return finished, greedy, publisher.meters()
 
 
@@ -114,11 +115,11 @@ async def greedy_from_fresh_engine(folder: Path, model) -> list[int]:
         return (await respond(engine, None, "greedy", [5, 6, 7], 32, temperature=0.0)).tokens
 
 
-def prove(folder: Path, *, tied: bool, **engine_options) -> None:
+def prove(folder: Path, *, tied: bool, prepared: bool = True, **engine_options) -> None:
     models = [tiny_model(seed, tied=tied) for seed in range(7)]
     models[0].save_pretrained(folder / "first")
     finished, greedy, meters = asyncio.run(
-        push_six_times_under_load(folder / "first", models, **engine_options)
+        push_six_times_under_load(folder / "first", models, prepared=prepared, **engine_options)
     )
     assert_each_token_agrees(finished, models)
     assert max(len(r.spans) for r in finished) >= 4, "requests must live through several pushes"
@@ -137,6 +138,14 @@ def test_every_token_in_flight_agrees_with_its_version(tmp_path, tied):
 @pytest.mark.nightly
 def test_every_token_agrees_with_two_tensor_parallel_workers(tmp_path):
     prove(tmp_path, tied=True, tensor_parallel=2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_token_agrees_after_the_engines_own_reload(tmp_path, tied, monkeypatch):
+    """What GPUs and compiled engines do; here the preparing is taken away (the engine is forked)."""
+    monkeypatch.setattr("actors.weights.worker.prepare", lambda *_: None)
+    prove(tmp_path, tied=tied, prepared=False)
 
 
 def test_kept_cache_pinned_evaluations_and_pushes_that_do_not_fit(tmp_path):

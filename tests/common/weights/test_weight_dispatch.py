@@ -119,7 +119,7 @@ def test_a_frozen_link_costs_itself_only():
         tell(dispatcher, "accepted", name)
         tell(dispatcher, "staged", name)
         tell(dispatcher, "committed", name)
-    assert [a.link for a in dispatcher.actions(DEADLINE / 2) if isinstance(a, DropLink)] == ["a2.0"]
+    assert [a.link for a in dispatcher.actions(0.6 * DEADLINE) if isinstance(a, DropLink)] == ["a2.0"]
     assert dispatcher.failures == {Cause.DEADLINE: 1}
     assert {link.version for link in dispatcher.links.values()} == {10}
 

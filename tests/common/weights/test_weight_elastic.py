@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 import time
@@ -324,3 +325,30 @@ def test_a_receiver_that_accepts_and_never_joins_is_dropped_at_the_deadline(publ
         publisher.publish(1, snapshot(1))
         until(lambda: good.version == 1)
         until(lambda: publisher.meters()["failures"].get("deadline", 0) >= 1)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(5))
+def test_random_blows_for_a_while_and_then_everybody_has_the_newest(tmp_path, publisher, seed):
+    dice = random.Random(seed)
+    receivers = {index: start(tmp_path, publisher, index) for index in range(6)}
+    try:
+        for version in range(1, 31):
+            publisher.publish(version, snapshot(version))
+            index = dice.randrange(6)
+            blow = dice.choice(["kill", "freeze", "thaw", "none"])
+            if blow == "kill":
+                receivers[index].end()
+                receivers[index] = start(tmp_path, publisher, index)
+            elif blow != "none" and receivers[index].alive:
+                receivers[index].signal(signal.SIGSTOP if blow == "freeze" else signal.SIGCONT)
+            time.sleep(dice.uniform(0.0, 0.3))
+        for receiver in receivers.values():
+            receiver.signal(signal.SIGCONT)
+        publisher.publish(31, snapshot(31))
+        until(lambda: all(receiver.version == 31 for receiver in receivers.values()))
+        for receiver in receivers.values():
+            assert_holds(receiver, 31)
+    finally:
+        for receiver in receivers.values():
+            receiver.end()
