@@ -47,6 +47,15 @@ def start_learner(address: str, log: Path, *, ranks: int = 1, resume: bool = Fal
         )
 
 
+def start_broker(recipe: Recipe, folder: Path, *, resume: bool = False) -> subprocess.Popen:
+    """A real broker as a process, to be killed."""
+    file = folder / "recipe.json"
+    file.write_text(recipe.model_dump_json())
+    line = [sys.executable, "-m", "tests.scripted.broker", str(file), *(["--resume"] if resume else [])]
+    with (folder / "broker.log").open("ab") as output:
+        return subprocess.Popen(line, cwd=REPOSITORY, stdout=output, stderr=output)
+
+
 @contextmanager
 def scripted_actor(address: str) -> Iterator[ScriptedActor]:
     """An actor in a thread, until it is told to stop or the block ends."""

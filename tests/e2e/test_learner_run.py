@@ -12,16 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
+from learner.ranks import free_port
 from tests.e2e.learner_world import (
     final_status,
     learner_recipe,
     pointer,
     scripted_actor,
+    start_broker,
     start_learner,
     train_points,
 )
 from tests.learner.tiny import tiny_lm
-from tests.scripted.broker import running_broker
+from tests.scripted.broker import running_broker, wait_for_broker
 
 pytestmark = pytest.mark.e2e
 PATIENCE_S = 180.0
@@ -93,6 +95,35 @@ def test_terminated_it_saves_and_killed_it_continues(tmp_path: Path) -> None:
     status = final_status(recipe)
     assert status["ledger"]["sum_ok"]
     assert status["ledger"]["consumed"] == 12 * 4
+
+
+def test_a_killed_broker_is_waited_for(tmp_path: Path) -> None:
+    """The broker dies by SIGKILL and comes back: the same learner process goes on, nothing is trained twice."""
+    recipe = learner_recipe(
+        tmp_path,
+        run={"steps": 10},
+        broker={"durability": "journal", "port": free_port(), "dead_after_s": 30.0},
+    )
+    log = tmp_path / "learner.log"
+    broker = start_broker(recipe, tmp_path)
+    address = wait_for_broker(recipe.folder)
+    with scripted_actor(address):
+        learner = start_learner(address, log)
+        try:
+            wait_until_step(recipe, 1)
+            end(broker)
+            time.sleep(2.0)  # long enough for requests to go unanswered
+            broker = start_broker(recipe, tmp_path, resume=True)
+            assert learner.wait(PATIENCE_S) == 0, log.read_text()
+            assert broker.wait(30.0) == 0
+        finally:
+            end(learner)
+            end(broker)
+    status = final_status(recipe)
+    assert status["ledger"]["sum_ok"]
+    assert status["ledger"]["consumed"] == 10 * 4
+    assert status["era"] == 1, "the learner had no reason to start again"
+    assert sorted(train_points(recipe)) == list(range(10))
 
 
 def test_a_mismatch_ends_the_run_and_says_why(tmp_path: Path) -> None:
