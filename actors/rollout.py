@@ -25,6 +25,7 @@ from actors.scoring import Score, Scorer
 from common.messages import (
     Ack,
     Assignment,
+    Cause,
     EvalJob,
     Grant,
     GroupHeader,
@@ -245,7 +246,7 @@ class Rollout:
         room = min(self._limits.prompt_tokens, self._engine.max_context - 1)
         if not 0 < len(prompt) <= room:
             reason = f"the prompt has {len(prompt)} tokens; 1 to {room} are possible"
-            await self.release([assignment.group], reason)
+            await self.release([assignment.group], reason, "unanswerable")
             return
         era, started = self._policy.era, time.monotonic()
         samples = await self._generate(prompt, assignment.samples)
@@ -314,12 +315,13 @@ class Rollout:
         await asyncio.sleep(0)
         await self.release(left, reason)
 
-    async def release(self, groups: Sequence[GroupId], reason: str) -> None:
-        """Hand leases back; a broker that does not answer takes them back by itself."""
+    async def release(self, groups: Sequence[GroupId], reason: str, cause: Cause = "leaving") -> None:
+        """Hand leases back (`cause` as in `Release`); a broker that does not answer takes them back by itself."""
         if not groups:
             return
         with suppress(Exception):
-            await self._wire.request(Release(groups=list(groups), reason=reason), timeout_s=RELEASE_S)
+            message = Release(groups=list(groups), reason=reason, cause=cause)
+            await self._wire.request(message, timeout_s=RELEASE_S)
         self._meters.counts["groups_released"] += len(groups)
 
 

@@ -219,7 +219,8 @@ class ActorRequests:
 
     def release(self, origin: Origin, peer: Peer, message: Release, now: float) -> None:
         """Take leases back."""
-        count = self._state.ledger.release(peer.name, message.groups, message.reason)
+        ledger = self._state.ledger
+        count = ledger.release(peer.name, message.groups, message.reason, message.cause)
         self._state.event(f"actor {peer.name} hands back {count} leases: {message.reason[:200]}")
         self._outbox.reply(origin, Ack(), durable=True)
 

@@ -35,10 +35,7 @@ from typing import Any, Literal, NamedTuple
 
 from broker import staleness
 from broker.order import epoch_order
-from common.messages import GroupId
-
-DRAINING = "draining"
-UNANSWERABLE = "unanswerable"
+from common.messages import Cause, GroupId
 
 
 class State(IntEnum):
@@ -339,21 +336,19 @@ class Ledger:
             if group is not None and group.actor == actor:
                 group.renewed = now
 
-    def release(self, actor: str, keys: Iterable[GroupId], reason: str) -> int:
-        """Hand leases back. `DRAINING` is not held against a question; `UNANSWERABLE...` gives it up at once."""
-        count = 0
-        for key in keys:
-            group = self._leased.get(key)
-            if group is None or group.actor != actor:
-                continue
-            count += 1
-            if reason.startswith(UNANSWERABLE):
-                self._give_up(group, reason[:200])
-            elif reason.startswith(DRAINING):
+    def release(self, actor: str, keys: Iterable[GroupId], reason: str, cause: Cause = "failed") -> int:
+        """Hand leases back; what becomes of their questions depends on the cause (see `messages.Release`)."""
+        held = [
+            group for key in keys if (group := self._leased.get(key)) is not None and group.actor == actor
+        ]
+        for group in held:
+            if cause == "unanswerable":
+                self._give_up(group, f"unanswerable: {reason[:200]}")
+            elif cause == "leaving":
                 self._put_back(group, reason="handed back")
             else:
                 self._lose(group, "handed back")
-        return count
+        return len(held)
 
     def drop_actor(self, actor: str, reason: str) -> int:
         """The actor is gone: its leases come to nothing."""

@@ -18,7 +18,7 @@ import msgpack
 from broker.actor_requests import ActorRequests
 from broker.ending import Ending
 from broker.learner_requests import LearnerRequests
-from broker.ledger import DRAINING, LedgerError
+from broker.ledger import LedgerError
 from broker.members import LEFT, MAX_PEERS, Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
@@ -257,7 +257,7 @@ class Service:
         self.outbox.reply(origin, Ack())
         if peer.role == "actor":
             held = [group.key for group in self.state.ledger.leased if group.actor == peer.name]
-            self.state.ledger.release(peer.name, held, DRAINING)
+            self.state.ledger.release(peer.name, held, message.reason, "leaving")
         self._remove(peer, LEFT, message.reason, now)
 
     def _remove(self, peer: Peer, outcome: str, reason: str, now: float) -> None:

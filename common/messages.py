@@ -35,6 +35,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(max_length=1 << 20)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Cause = Literal["leaving", "failed", "unanswerable"]
 Verdict = Literal["correct", "wrong", "unformatted", "truncated", "unverified"]
 
 
@@ -275,10 +276,15 @@ class Publish(Message):
 
 
 class Release(Message):
-    """Hand back leases that will not be answered."""
+    """Hand back leases that will not be answered.
+
+    `cause` is for the broker: `leaving` is not held against a question, `failed` counts towards
+    `broker.max_attempts`, `unanswerable` (no actor could, such as a prompt that is too long) gives it up at once.
+    """
 
     groups: list[GroupKey]
     reason: Text
+    cause: Cause = "failed"
 
 
 class EvalResult(Message):

@@ -234,12 +234,12 @@ def test_a_question_that_ends_every_lease_is_given_up_with_its_reason() -> None:
     assert lease(ledger, 1) != [group]
 
 
-def test_draining_is_not_held_against_a_question_and_an_unanswerable_one_goes_at_once() -> None:
+def test_leaving_is_not_held_against_a_question_and_an_unanswerable_one_goes_at_once() -> None:
     ledger = make(max_attempts=1)
     (group,) = lease(ledger, 1)
-    ledger.release("a", [group.key], "draining")
+    ledger.release("a", [group.key], "SIGTERM", "leaving")
     assert lease(ledger, 1) == [group]
-    ledger.release("a", [group.key], "unanswerable: the prompt is too long")
+    ledger.release("a", [group.key], "the prompt is too long", "unanswerable")
     assert group.state == State.ABANDONED
 
 

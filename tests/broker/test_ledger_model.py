@@ -246,7 +246,7 @@ class LedgerModel(HonestModel):
     def hand_back(self, data: st.DataObject, draining: bool) -> None:
         name = data.draw(st.sampled_from(self.busy()))
         keys = [key for key, *_ in self.actors[name].leases]
-        self.ledger.release(name, keys, "draining" if draining else "no memory")
+        self.ledger.release(name, keys, "why", "leaving" if draining else "failed")
         self.actors[name].leases.clear()
 
     @rule(seconds=st.sampled_from([1.0, 15.0, 30.0, 60.0]), listed=st.booleans())
