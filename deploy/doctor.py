@@ -106,9 +106,11 @@ def network_checks(
         checks += [("ports", partial(net.check_ports, recipe)), ("keys", partial(net.check_keys, recipe))]
     chosen = net.chosen_interface(interface)
     if listen or meet:
-        checks.append(("gloo", partial(net.check_peer, listen, meet, chosen, "gloo")))
+        checks += [
+            (backend, partial(net.check_peer, listen, meet, chosen, backend)) for backend in net.backends(1)
+        ]
     elif network:
-        checks += [(backend, partial(net.check_meeting, chosen, backend)) for backend in net.backends()]
+        checks += [(backend, partial(net.check_meeting, chosen, backend)) for backend in net.backends(2)]
     return checks
 
 

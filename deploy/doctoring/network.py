@@ -111,11 +111,11 @@ def _outcome(backend: str, outcomes: list[tuple[dict | None, str]], where: str) 
     )
 
 
-def backends() -> list[str]:
-    """What can be tried here: gloo always, NCCL where there is a GPU for each side."""
+def backends(sides: int) -> list[str]:
+    """What can be tried here: gloo always, NCCL where each of the `sides` on this host has a GPU of its own."""
     from common.telemetry import visible_gpus
 
-    return ["gloo", "nccl"] if len(visible_gpus()) > 1 else ["gloo"]
+    return ["gloo", "nccl"] if len(visible_gpus()) >= sides else ["gloo"]
 
 
 def check_skew(address: str, keys: Path | None) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ class Options:
 
     learner_nodes: int
     actors: int
-    partition: str
+    partition: str | None = None
     actor_partition: str | None = None
     gpus_per_node: int | None = None
     time: str | None = None

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 def submit(
     recipe: RecipeArgument,
-    partition: Annotated[str, typer.Option(help="Partition of broker and learner, and of the actors too.")],
     learner_nodes: Annotated[int, typer.Option(min=1, help="Nodes of the learner.")] = 1,
+    partition: Annotated[
+        str | None, typer.Option(help="Partition of all jobs; default: the cluster's.")
+    ] = None,
     actors: Annotated[
         int | None, typer.Option(min=0, help="Actors, each a task of a job array; default: actor.count.")
     ] = None,
@@ -98,17 +100,23 @@ def submit_recipe(
         UserError: anything that would keep a job from starting; nothing is then written or queued.
     """
     from deploy.folder import holds_a_run, prepare
-    from deploy.preflight import is_loopback, preflight
+    from deploy.preflight import check_addresses, check_template, is_loopback, preflight
     from deploy.slurm.plan import make_plan
+    from deploy.slurm.queue import require_slurm
     from deploy.slurm.scripts import render
 
     plan = make_plan(recipe, options, program=program)
     scripts = render(plan, set_addresses=is_loopback(recipe.broker.bind))
-    preflight(recipe, ports=False)
-    if not dry_run:
+    if dry_run:  # may be far from the cluster, its model and its data
+        check_template(recipe)
+        check_addresses(recipe)
+    else:
+        require_slurm()
+        preflight(recipe, ports=False)
         _check_with_slurm(plan, scripts)
     existed = holds_a_run(recipe.folder)
-    folder = prepare(recipe, resume=resume, fresh=fresh)
+    rehearsed = existed and _never_sent(recipe.folder)
+    folder = prepare(recipe, resume=resume or (rehearsed and not fresh), fresh=fresh)
     try:
         _make_keys(recipe)
         _write(folder, scripts)
@@ -121,14 +129,22 @@ def submit_recipe(
     _report(plan, dry_run=dry_run)
 
 
+def _never_sent(folder: Path) -> bool:
+    """Whether a folder holds only what --dry-run has written: it may be written again."""
+    ours = {"recipe.toml", "keys", "slurm"}
+    return {path.name for path in folder.iterdir()} <= ours and not (folder / "slurm" / "state.json").exists()
+
+
 def _check_with_slurm(plan: Plan, scripts: dict[str, str]) -> None:
     from deploy.slurm import queue
 
-    queue.require_slurm()
     options = plan.options
-    queue.require_partition(options.partition, option="--partition")
-    if options.actor_partition:
-        queue.require_partition(options.actor_partition, option="--actor-partition")
+    for option, partition in (
+        ("--partition", options.partition),
+        ("--actor-partition", options.actor_partition),
+    ):
+        if partition:
+            queue.require_partition(partition, option=option)
     if waiting := queue.queued(plan.head_job) or queue.queued(plan.actors_job):
         raise UserError(
             f"a run of this name is on the cluster already (job {waiting[0].job}): choose another, or end it with "

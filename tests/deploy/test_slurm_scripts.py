@@ -106,6 +106,28 @@ def test_dry_run_only_writes(recipe_file, monkeypatch, capsys):
     assert "nothing was submitted" in capsys.readouterr().out
 
 
+def test_a_rehearsal_may_be_repeated_but_a_run_is_never_overwritten(recipe_file):
+    options = Options(learner_nodes=1, actors=2, partition="p")
+    recipe = resolved(recipe_file, options)
+    submit_recipe(recipe, options, dry_run=True)
+    again = Options(learner_nodes=1, actors=3)
+    submit_recipe(resolved(recipe_file, again), again, dry_run=True)
+    script = (recipe.folder / "slurm" / "actors.sbatch").read_text()
+    assert "--array=0-2" in script
+    assert "--partition" not in script, "the cluster's default"
+    (recipe.folder / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="already holds a run"):
+        submit_recipe(recipe, options, dry_run=True)
+
+
+def test_the_paper_can_be_rehearsed_far_from_the_cluster(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    options = Options(learner_nodes=1, actors=12)
+    submit_recipe(resolved(Path("paper-7b"), options), options, dry_run=True)
+    assert "--array=0-11" in (tmp_path / "runs" / "paper-7b" / "slurm" / "actors.sbatch").read_text()
+
+
 def test_without_slurm_nothing_is_written(recipe_file, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     options = Options(learner_nodes=1, actors=2, partition="p")
