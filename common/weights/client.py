@@ -17,6 +17,8 @@ from common.weights.layout import Manifest
 from common.weights.protocol import EVENTS, LinkSpec, Offer, Registration, decode, push_deadline
 from common.weights.store import OPERATION_DEADLINE_S, POLL_S, Address, StoreClient
 
+GOODBYE_S = 1.0  # a frozen learner must not keep a receiver from turning to the next one
+
 
 class LinkClient:
     """Registers a link and follows its offers.
@@ -72,7 +74,7 @@ class LinkClient:
         self._client.interrupt()
         if goodbye:
             with contextlib.suppress(LinkError):
-                self._client.push(EVENTS, {"event": "bye", "link": self.spec.link})
+                self._client.push(EVENTS, {"event": "bye", "link": self.spec.link}, GOODBYE_S)
         self._client.close()
 
     def _await(self, keys: list[str], timeout: float | None) -> list:

@@ -89,12 +89,13 @@ class StartSend:
 
 
 @dataclass(frozen=True)
-class AllowRelay:
-    """Tell `parent` to start passing `push` on to `child`, which is ready."""
+class SteerRelay:
+    """Tell `parent` to start passing `push` on to `child`, which is ready, or that it need not (`go` = False)."""
 
     parent: str
     child: str
     push: int
+    go: bool
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class DropLink:
     reason: str
 
 
-Action = MakeOffer | StartSend | AllowRelay | DropLink
+Action = MakeOffer | StartSend | SteerRelay | DropLink
 
 
 @dataclass
@@ -184,6 +185,7 @@ class Dispatcher:
             return
         if cause is not None:
             self.failures[cause] += 1
+        self._call_off(link)
         self._actions.append(DropLink(name, reason))
         for child in [child for child in self.links.values() if child.parent == name]:
             if child.state is State.WAITING:
@@ -251,7 +253,7 @@ class Dispatcher:
         if link.parent is None:
             self._actions.append(StartSend(link.name, link.push))
         else:
-            self._actions.append(AllowRelay(link.parent, link.name, link.push))
+            self._actions.append(SteerRelay(link.parent, link.name, link.push, go=True))
 
     def _committed(self, link: Link, event: Mapping[str, Any]) -> None:
         assert link.push is not None
@@ -285,8 +287,14 @@ class Dispatcher:
             if relayed and child.state is State.RECEIVING and event["edge"].endswith("/" + child.name):
                 self.drop(child.name, Cause.PEER_LOST, f"its relay failed: {event['reason']}")
 
-    @staticmethod
-    def _to_idle(link: Link) -> None:
+    def _call_off(self, link: Link) -> None:
+        """The relay of a link that is not going to receive from it must not keep its copy for it."""
+        relay = self.links.get(link.parent) if link.parent else None
+        if relay is not None and link.push is not None and link.state in (State.WAITING, State.OFFERED):
+            self._actions.append(SteerRelay(relay.name, link.name, link.push, go=False))
+
+    def _to_idle(self, link: Link) -> None:
+        self._call_off(link)
         link.state, link.push, link.parent, link.deadline = State.IDLE, None, None, float("inf")
 
     # ---------------------------------------------------------------- offering

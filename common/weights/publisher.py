@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from common.errors import RunFailedError, UserError
 from common.weights.disk import DiskSource
 from common.weights.dispatch import (
     Action,
-    AllowRelay,
     Dispatcher,
     DropLink,
     MakeOffer,
     Push,
     StartSend,
+    SteerRelay,
 )
 from common.weights.errors import SupersededError
 from common.weights.ipc import CudaIpcSource, SharedMemorySource
@@ -78,6 +79,10 @@ class Publisher:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_settings(route, torch.device(device), deadline_s, degree, max_snapshots, folder)
+        if bind_host in ("", "0.0.0.0", "::"):
+            raise UserError(
+                f"name the one address that actors reach, not '{bind_host}'", setting="weights.bind"
+            )
         self.bucket_bytes = bucket_bytes
         self.device = torch.device(device)
         self._max_snapshots = max_snapshots
@@ -264,13 +269,15 @@ class Publisher:
                 self._dispatcher.drop(report.link, report.error.cause, str(report.error))
 
     def _perform(self, action: Action) -> None:
+        if isinstance(action, MakeOffer | StartSend) and action.link not in self._dispatcher.links:
+            return  # dropped by a later event of the same batch
         match action:
             case MakeOffer():
                 self._make_offer(action)
             case StartSend(link=name, push=number):
                 self._sender(name).send(number, self._snapshots[number])
-            case AllowRelay(parent=parent, child=child, push=number):
-                self._store.set(f"{edge_name(parent, child)}/go/{number}", encode(True))
+            case SteerRelay(parent=parent, child=child, push=number, go=go):
+                self._store.set(f"{edge_name(parent, child)}/go/{number}", encode(go))
             case DropLink(link=name, reason=reason):
                 LOGGER.warning("weights: link %s closed: %s", name, reason)
                 self._store.set(f"{name}/dropped", encode(reason))
@@ -295,7 +302,7 @@ class Publisher:
             nbytes=push.nbytes,
             ticket=ticket,
             hop=hop,
-            relays=tuple(self._relay(link.name, child) for child in action.children),
+            relays=tuple(self._relays(action)),
             checksums=push.checksums,
             deadline_s=self._dispatcher.deadline_s,
         )
@@ -303,8 +310,10 @@ class Publisher:
         self._offers_made[link.name] = count + 1
         self._store.set(f"{link.name}/offer/{count}", encode(offer.to_dict()))
 
-    def _relay(self, parent: str, child: str) -> Hop:
-        return Hop(edge_name(parent, child), self._dispatcher.links[child].workers)
+    def _relays(self, action: MakeOffer) -> Iterator[Hop]:
+        for name in action.children:
+            if (child := self._dispatcher.links.get(name)) is not None:
+                yield Hop(edge_name(action.link, name), child.workers)
 
     def _sender(self, name: str) -> LinkSender:
         if name not in self._senders:

@@ -243,7 +243,9 @@ class Stager:
         while not store.check([key]):
             if time.monotonic() > end or self._closed.wait(POLL_S):
                 return False
-        return bool(decode(store.get(key)))
+        go = bool(decode(store.get(key)))
+        store.delete_key(key)
+        return go
 
 
 def verify(staged: Staged, expected: Mapping[str, str]) -> None:

@@ -166,12 +166,14 @@ class StoreClient:
             self.close()
             raise LinkError(Cause.STORE, f"the weight store did not answer within {timeout:g} s") from None
 
-    def _call(self, work: Callable[[], T]) -> T:
-        return self.wait(self.submit(work), self._deadline_s)
+    def _call(self, work: Callable[[], T], deadline_s: float | None = None) -> T:
+        if self._closed.is_set():
+            raise LinkError(Cause.STORE, "the connection to the weight store is closed")
+        return self.wait(self.submit(work), self._deadline_s if deadline_s is None else deadline_s)
 
-    def push(self, key: str, value: object) -> None:
+    def push(self, key: str, value: object, deadline_s: float | None = None) -> None:
         """Appends to a queue that the publisher reads; atomic, so a sender killed here leaves no hole."""
-        self._call(lambda: self.store.queue_push(key, json.dumps(value)))
+        self._call(lambda: self.store.queue_push(key, json.dumps(value)), deadline_s)
 
     def text(self, key: str) -> str:
         """The value of `key` as it was written."""

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common.weights.dispatch import (
-    AllowRelay,
     Dispatcher,
     DropLink,
     MakeOffer,
     Push,
     StartSend,
     State,
+    SteerRelay,
 )
 from common.weights.errors import Cause
 
@@ -50,7 +50,7 @@ def test_a_relay_serves_its_child_once_it_holds_the_version():
     tell(dispatcher, "staged", "a0.0")
     assert dispatcher.actions(0.0) == [MakeOffer("a1.0", 0, "a0.0", ())]
     tell(dispatcher, "accepted", "a1.0")
-    assert dispatcher.actions(0.0) == [AllowRelay("a0.0", "a1.0", 0)]
+    assert dispatcher.actions(0.0) == [SteerRelay("a0.0", "a1.0", 0, go=True)]
 
 
 @pytest.mark.parametrize("moment", ["offered", "receiving"])
@@ -77,6 +77,14 @@ def test_a_child_in_the_middle_of_a_dead_relays_transfer_is_told_to_reconnect():
     assert [a.link for a in dispatcher.actions(0.0)] == ["a0.0", "a1.0"]
     register(dispatcher, "a1.1")
     assert dispatcher.actions(0.0) == [MakeOffer("a1.1", 0, None, ())]
+
+
+def test_a_relay_is_told_when_its_child_is_served_otherwise():
+    """Else it would keep a copy of every version until a deadline."""
+    dispatcher = new(degree=1, count=2)
+    dispatcher.actions(0.0)
+    dispatcher.publish(Push(1, 11, 1000))
+    assert SteerRelay("a0.0", "a1.0", 0, go=False) in dispatcher.actions(0.0)
 
 
 def test_a_late_joiner_gets_the_newest_version_at_once():

@@ -292,6 +292,7 @@ def test_a_truncated_bucket_is_refused_and_named(publisher):
         ({"max_snapshots": 0}, r"weights\.max_snapshots"),
         ({"deadline_s": 0.0}, r"weights\.deadline_s"),
         ({"bind_host": "203.0.113.1"}, r"weights\.bind"),
+        ({"bind_host": "0.0.0.0"}, r"weights\.bind"),
     ],
 )
 def test_a_wrong_setting_is_named(options, setting):
