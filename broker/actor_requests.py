@@ -233,7 +233,10 @@ class ActorRequests:
             state.evaluations.drop_actor(peer.name)
             self._outbox.reply(origin, Ack(status="expired", reason="answered by a version that was rewound"))
             return
-        entry = state.evaluations.result(message)
+        try:
+            entry = state.evaluations.result(message)
+        except ValueError as error:
+            raise MalformedMessage(str(error)) from None
         if entry is None:
             self._outbox.reply(origin, Ack(status="duplicate"))
             return

@@ -7,7 +7,7 @@ later; at most one waits, a newer one replaces it. Training never waits for an e
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,17 +97,32 @@ class Evaluations:
             self.waiting = running.job
 
     def result(self, message: EvalResult) -> dict[str, Any] | None:
-        """Take in a result; its metrics, or None when it is nobody's any more (a duplicate, or replaced)."""
-        running = self.running.pop(message.job, None)
-        job = running.job if running else None
-        if job is None and self.waiting is not None and self.waiting.job == message.job:
-            job, self.waiting = self.waiting, None
-        if job is None or message.version < job.requested:
+        """Take in a result; its metrics, or None when it is nobody's any more (a duplicate, or replaced).
+
+        Raises:
+            ValueError: it does not answer each question of the job once, or is of an older version.
+        """
+        job = self._find(message.job)
+        if job is None:
             return None
+        if message.version < job.requested:
+            raise ValueError(f"version {message.version} answers an evaluation of version {job.requested}")
+        if Counter((q.set, q.uid) for q in job.questions) != Counter((r.set, r.uid) for r in message.rows):
+            raise ValueError(
+                f"{len(message.rows)} rows do not answer the {len(job.questions)} questions once each"
+            )
+        self.running.pop(message.job, None)
+        if self.waiting is job:
+            self.waiting = None
         entry = {"version": message.version, "requested": job.requested, "seconds": message.seconds}
         entry.update(metrics_of(message.rows))
         self.history.append(entry)
         return entry
+
+    def _find(self, number: int) -> EvalJob | None:
+        if number in self.running:
+            return self.running[number].job
+        return self.waiting if self.waiting is not None and self.waiting.job == number else None
 
     def rewind(self, version: int) -> None:
         """Versions after `version` are gone, and so is what was found out about them."""

@@ -208,6 +208,8 @@ class LearnerRequests:
             "ledger_sum_ok": float(counts["sum_ok"]),
             "length_sampled": sampled.total / max(1, sampled.count),
             "length_trained": trained.total / max(1, trained.count),
+            "length_sampled_p90": sampled.quantile(0.9),
+            "length_trained_p90": trained.quantile(0.9),
             "actors": float(len(state.members.living("actor"))),
         }
 

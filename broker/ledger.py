@@ -373,6 +373,12 @@ class Ledger:
         unlisted = silent > self.rules.unlisted_s and alive(group.actor)
         return silent > self.rules.lease_s or now - group.granted > self.rules.lease_max_s or unlisted
 
+    def excuse(self, seconds: float) -> None:
+        """The broker was not listening for so long: no lease is older for it."""
+        for group in self._leased.values():
+            group.granted += seconds
+            group.renewed += seconds
+
     def restart_clocks(self, now: float) -> None:
         """After a restart of the broker: leases live on, their time starts anew."""
         for group in self._leased.values():

@@ -144,6 +144,8 @@ def _serve(state: RunState, socket: Any, stop: threading.Event, page: MetricsPag
         outcome = "finished" if state.ledger.finished else "stopped"
         final = snapshot(state, service.ending, None, time.monotonic())
         state.spool.append("end", state.ledger.step, {"status": outcome, "reason": why, "final": final})
+    else:
+        why = "interrupted; the others wait for it to come back with --resume"
     log.info("the broker leaves: %s", why)
     return 0
 

@@ -176,6 +176,11 @@ class Members:
         if peer.role == "observer":
             self.peers.pop(peer.name, None)
 
+    def excuse(self, seconds: float) -> None:
+        """The broker was not listening for so long."""
+        for peer in self.peers.values():
+            peer.seen += seconds
+
     def silent(self, now: float) -> list[Peer]:
         """Living peers not heard of for too long."""
         return [peer for peer in self.peers.values() if peer.alive and now - peer.seen > self.dead_after_s]

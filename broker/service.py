@@ -42,6 +42,7 @@ from common.messages import (
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
 COMMON_KINDS = ("heartbeat", "goodbye", "stop", "status_query", "group_query")
+ABSENT_S = 2.0
 INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
 
 
@@ -63,6 +64,7 @@ class Service:
         self.actors = ActorRequests(state, self.outbox, self.ending)
         self.learner = LearnerRequests(state, self.outbox, self.ending)
         self._software = software_version()
+        self._last_tick: float | None = None
         self._handlers: dict[str, Callable[..., None]] = {
             "heartbeat": self._heartbeat,
             "goodbye": self._goodbye,
@@ -99,12 +101,20 @@ class Service:
 
     def tick(self, now: float) -> None:
         """Once in a while: who has fallen silent, which leases ran out, whether the run is over."""
+        self._excuse_own_absence(now)
         for peer in self.state.members.silent(now):
             self._remove(peer, "dead", f"not heard of for {now - peer.seen:.0f} s", now)
         for group in self.state.ledger.tick(now, self.state.members.alive):
             self.state.event(f"lease {group.lease} of group {group.key} ran out", warning=True)
         self.state.evaluations.tick(now)
         self._finish(now)
+
+    def _excuse_own_absence(self, now: float) -> None:
+        """If the broker itself stood still (a slow disk, a suspended machine), nobody else was silent."""
+        absent, self._last_tick = now - (self._last_tick or now), now
+        if absent > ABSENT_S:
+            self.state.members.excuse(absent)
+            self.state.ledger.excuse(absent)
 
     def leave(self, reason: str, now: float) -> None:
         """The broker was told to stop (signal): end the run in order."""

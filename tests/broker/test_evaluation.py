@@ -58,6 +58,19 @@ def test_a_job_that_came_to_nothing_goes_to_another(how: str) -> None:
     assert answered(evaluations, job, 1) is None, "twice counts once"
 
 
+def test_a_part_of_an_evaluation_is_none() -> None:
+    evaluations = schedule()
+    evaluations.at(4, final=False)
+    job = evaluations.grant("a", 4, 0.0)
+    whole = answer_evaluation(job, 4, 0)
+    for rows in (whole.rows[1:], [*whole.rows, whole.rows[0]], []):
+        with pytest.raises(ValueError, match="do not answer the 4 questions once each"):
+            evaluations.result(whole.model_copy(update={"rows": rows}))
+    with pytest.raises(ValueError, match="version 3 answers an evaluation of version 4"):
+        evaluations.result(whole.model_copy(update={"version": 3}))
+    assert evaluations.result(whole) is not None
+
+
 def test_a_newer_one_replaces_one_that_nobody_took() -> None:
     evaluations = schedule()
     evaluations.at(0, final=False)

@@ -113,7 +113,8 @@ def bombard(folder: Path, messages: list[list[bytes]]) -> None:
             assert replies[0].reason
     assert service.state.ledger.counts()["sum_ok"]
     if service.ending.reason is None:
-        service.tick(1000.0)
+        for now in range(20):
+            service.tick(float(now))
         goes_on(service)
 
 
@@ -294,5 +295,21 @@ def test_there_is_one_learner_at_a_time(tmp_path: Path) -> None:
     join(service, "learner")
     second = Hello(role="learner", peer="usurper", software="0.1.0", host="h", pid=1)
     assert say(service, b"2", second).code == "conflict"
-    service.tick(100.0)
+    for now in range(100):
+        service.tick(float(now))
     assert isinstance(say(service, b"2", second), Welcome), "the first one is dead"
+
+
+def test_a_broker_that_stood_still_blames_nobody(tmp_path: Path) -> None:
+    """After a minute without processor or disk, peers and leases are as alive as before."""
+    service = new_service(tmp_path)
+    actor = join(service, "actor")
+    say(service, actor, Lease(capacity=1, version=0, era=0, wait_s=0.0))
+    service.tick(0.25)
+    service.tick(60.0)
+    assert service.state.members.alive("actor")
+    assert service.state.ledger.counts()["in_flight"] == 1
+    for now in range(61, 70):
+        service.tick(float(now))
+    assert not service.state.members.alive("actor"), "but now it is silent"
+    assert service.state.ledger.counts()["in_flight"] == 0
