@@ -53,7 +53,8 @@ def check_memory(deepspeed) -> None:
     grown = status("VmHWM") - base
     held = snapshot.nbytes if snapshot is not None else 0
     largest = 2 * 768 * 768 * 4  # MLP matrix: a tensor is never split
-    allowed = held + 2 * max(BUCKET, largest) + 8 * MIB
+    # A bucket is there twice for a moment (what is gathered, and its flat message); the rest is code and pools.
+    allowed = held + 2 * max(BUCKET, largest) + 16 * MIB
     print(f"rank {dist.get_rank()}: {grown / MIB:.0f} MiB for a snapshot of {held / MIB:.0f} MiB")
     assert grown <= allowed, (grown / MIB, allowed / MIB)
 

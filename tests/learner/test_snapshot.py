@@ -118,5 +118,6 @@ def test_every_zero_stage_gives_the_weights_on_rank_0():
 
 
 @pytest.mark.e2e
+@pytest.mark.nightly
 def test_peak_memory_is_one_snapshot_and_one_bucket():
     run_ranks("memory")
