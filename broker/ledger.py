@@ -339,7 +339,9 @@ class Ledger:
     def release(self, actor: str, keys: Iterable[GroupId], reason: str, cause: Cause = "failed") -> int:
         """Hand leases back; what becomes of their questions depends on the cause (see `messages.Release`)."""
         held = [
-            group for key in keys if (group := self._leased.get(key)) is not None and group.actor == actor
+            group
+            for key in dict.fromkeys(keys)
+            if (group := self._leased.get(key)) is not None and group.actor == actor
         ]
         for group in held:
             if cause == "unanswerable":

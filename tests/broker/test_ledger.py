@@ -234,6 +234,14 @@ def test_a_question_that_ends_every_lease_is_given_up_with_its_reason() -> None:
     assert lease(ledger, 1) != [group]
 
 
+def test_a_group_named_twice_is_handed_back_once() -> None:
+    ledger = make(max_attempts=2)
+    (group,) = lease(ledger, 1)
+    assert ledger.release("a", [group.key, group.key], "no memory") == 1
+    assert group.state == State.PENDING
+    assert ledger.counts()["sum_ok"]
+
+
 def test_leaving_is_not_held_against_a_question_and_an_unanswerable_one_goes_at_once() -> None:
     ledger = make(max_attempts=1)
     (group,) = lease(ledger, 1)
