@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 # name -> module and class; loaded when asked for, since torch takes seconds to import.
 STUDIES: dict[str, str] = {
     "length-bias": "studies.length_bias:LengthBias",
+    "templates": "studies.templates:Templates",
+    "exploration": "studies.exploration:Exploration",
+    "reflection": "studies.reflection:SelfReflection",
+    "dr-grpo": "studies.dr_grpo:DrGrpo",
+    "duet": "studies.duet:Duet",
+    "pretraining": "studies.pretraining:Pretraining",
+    "leaderboard": "studies.leaderboard:Leaderboard",
+    "staleness": "studies.staleness:Staleness",
+    "countdown": "studies.countdown:Countdown",
 }
 
 

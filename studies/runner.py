@@ -11,9 +11,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import count
 from typing import Any
 
-from studies import STUDIES, find_study, report
+from studies import find_study, report
 from studies.store import RowStore
 from studies.study import Setting, Study, Unit
 from studies.verdict import Row, Verdict
@@ -46,16 +47,19 @@ def run_study(
     units = [unit for unit in study.units(setting) if not store.has(unit.key)]
     total = sum(map(len, generations)) + len(units)
     workers = 1 if setting.full else max(1, min(jobs, total))
-    done = 0
+    done = count(1)
+
+    def keep(pool: _Workers, some: list[Unit]) -> None:
+        for key, rows, seconds in pool.each(_run_unit, [(study.name, unit, setting) for unit in some]):
+            store.add(key, rows, seconds)
+            progress(key, next(done), total)
+
     with _Workers(workers) as pool:
         for models in generations:
             for name in pool.each(_make_model, [(*model, setting) for model in models]):
-                done += 1
-                progress(f"base model {name}", done, total)
-        for unit, (rows, seconds) in pool.each(_run_unit, [(study.name, u, setting) for u in units]):
-            store.add(unit, rows, seconds)
-            done += 1
-            progress(unit, done, total)
+                progress(f"base model {name}", next(done), total)
+        keep(pool, [unit for unit in units if not unit.alone])
+    keep(_Workers(1), [unit for unit in units if unit.alone])
     return report.write(study, setting, store.rows, sum(store.seconds.values()))
 
 
@@ -81,10 +85,10 @@ def _make_model(name: str, seed: int, setting: Setting) -> str:
     return f"{name}, seed {seed}"
 
 
-def _run_unit(study: str, unit: Unit, setting: Setting) -> tuple[str, tuple[list[Row], float]]:
+def _run_unit(study: str, unit: Unit, setting: Setting) -> tuple[str, list[Row], float]:
     started = time.perf_counter()
     rows = find_study(study).run(unit, setting)
-    return unit.key, (rows, time.perf_counter() - started)
+    return unit.key, rows, time.perf_counter() - started
 
 
 class _Workers:
@@ -122,6 +126,3 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-
-
-__all__ = ["STUDIES", "run_study"]

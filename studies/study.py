@@ -59,10 +59,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work whose rows are kept or lost as a whole; `key` names it within the study."""
+    """A piece of work whose rows are kept or lost as a whole; `key` names it within the study.
+
+    `alone`: it takes times, or uses all cores itself, so that nothing may run beside it.
+    """
 
     key: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ HUB = {
     "chat": "Qwen/Qwen2.5-Math-1.5B-Instruct",
     "finemath": "HuggingFaceTB/FineMath-Llama-3B",
     "numina": "lkevinzc/Llama-3.2-3B-NuminaQA",
+    "filler": "Qwen/Qwen2.5-1.5B",
 }
 # Models that continue from another one (paper, section 3.4).
 PARENTS = {"finemath": "llama", "numina": "finemath"}

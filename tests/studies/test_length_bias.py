@@ -46,7 +46,8 @@ def test_a_response_cut_at_the_budget_earns_nothing() -> None:
 
 @pytest.mark.parametrize(("algorithm", "equal"), [("dr_grpo", True), ("grpo", False)])
 def test_weight_of_a_wrong_token_falls_with_length_under_grpo_only(algorithm: str, equal: bool) -> None:
-    rows = [row for row in LengthBias().run(LengthBias().units(setting(Path()))[1], setting(Path()))]
+    study, where = LengthBias(), setting(Path())
+    rows = study.run(study.units(where)[1], where)
     wrong = [r for r in rows if r["algorithm"] == algorithm and r["question"] == 0 and not r["right"]]
     by_length = {row["length"]: abs(row["token"]) for row in wrong}
     shortest, longest = by_length[min(by_length)], by_length[max(by_length)]

@@ -1,0 +1,143 @@
+"""Figure 6, Table 3: how prompt template and question set play together in reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from studies.curves import claim, run_curve, score, size, spread
+from studies.figures import band, grid
+from studies.probing import as_problems
+from studies.questions import PARTS, held_out, training_set
+from studies.study import Setting, Study, Table, Unit
+from studies.training import Run
+from studies.verdict import Expectation, Row, mean, per_seed
+from studies.zoo import where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATES = ("no", "qwen_math", "r1")
+SETS = ("orz", "math", "gsm8k", "asdiv")
+MODEL = "qwen-math"
+_SHORT = {"qwen_math": "qwen"}  # in the names of the recipes
+
+
+def _start(rows: Sequence[Row], template: str) -> float:
+    return mean([score(rows, "first", template=template, set=name) for name in SETS])
+
+
+def _ends(rows: Sequence[Row], template: str) -> list[float]:
+    return [score(rows, template=template, set=name) for name in SETS]
+
+
+def _range(rows: Sequence[Row], template: str) -> float:
+    ends = _ends(rows, template)
+    return max(ends) - min(ends)
+
+
+class Duet(Study):
+    """See the module."""
+
+    name = "duet"
+    shows = "Figure 6, Table 3"
+    paper = (
+        "A template that does not match the base model destroys its ability first, and reinforcement learning "
+        "rebuilds it: accuracy starts highest without template and lowest with R1. Under R1 the question set "
+        "decides how far it gets (broad sets further than narrow ones); under a matching template even the small, "
+        "easy GSM8K does as well as MATH."
+    )
+    miniature = (
+        "The qwen-math model of the zoo, Dr. GRPO, 40 steps for each of 3 templates x 4 question sets from broad "
+        f"(orz) to narrow (asdiv): {', '.join(f'{name}: {len(parts)} kinds' for name, parts in PARTS.items())}. "
+        "Accuracy on held-out questions of all kinds."
+    )
+    expectations = (
+        Expectation(
+            "accuracy at the start, no template - Qwen-Math",
+            claim(lambda rows: _start(rows, "no") - _start(rows, "qwen_math")),
+            0.0,
+        ),
+        Expectation(
+            "accuracy at the start, Qwen-Math - R1",
+            claim(lambda rows: _start(rows, "qwen_math") - _start(rows, "r1")),
+            0.0,
+        ),
+        Expectation(
+            "range over question sets at the end, R1 - Qwen-Math",
+            claim(lambda rows: _range(rows, "r1") - _range(rows, "qwen_math")),
+            0.0,
+        ),
+        Expectation(
+            "R1 at the end, mean of the other sets - asdiv",
+            claim(lambda rows: mean(_ends(rows, "r1")[:3]) - _ends(rows, "r1")[3]),
+            0.0,
+        ),
+        Expectation(
+            "Qwen-Math at the end, gsm8k - math",
+            claim(lambda rows: _ends(rows, "qwen_math")[2] - _ends(rows, "qwen_math")[1]),
+            -0.05,
+        ),
+    )
+
+    def models(self, setting: Setting) -> list[tuple[str, int]]:
+        return [(MODEL, 0)]
+
+    def units(self, setting: Setting) -> list[Unit]:
+        return [
+            Unit(f"{template}/{name}/seed-{seed}", {"template": template, "set": name, "seed": seed})
+            for seed in setting.seeds
+            for template in TEMPLATES
+            for name in SETS
+        ]
+
+    def run(self, unit: Unit, setting: Setting) -> list[Row]:
+        template, name, seed = (unit.arguments[key] for key in ("template", "set", "seed"))
+        rows = run_curve(
+            lambda: _mini_run(template, name, seed, setting),
+            setting,
+            recipe=f"duet-{_SHORT.get(template, template)}-{name}",
+            name=f"{template}-{name}-seed-{seed}",
+            settings={"run.seed": seed},
+        )
+        return [{"template": template, "set": name, "seed": seed, **row} for row in rows]
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        cells = [("template", *SETS)]
+        for template in TEMPLATES:
+            texts = []
+            for name in SETS:
+                first, last = (
+                    spread(
+                        per_seed(rows, lambda s, w=when, t=template, n=name: score(s, w, template=t, set=n))
+                    )
+                    for when in ("first", "last")
+                )
+                texts.append(f"{first} → {last}")
+            cells.append((template, *texts))
+        return [Table("Held-out accuracy, start → end: mean (range) over seeds", cells)]
+
+    def draw(self, rows: Sequence[Row], figure: Figure) -> None:
+        for axis, template in zip(grid(figure, 1, 3), TEMPLATES, strict=True):
+            for name in SETS:
+                chosen = [
+                    r for r in rows if r["kind"] == "eval" and r["template"] == template and r["set"] == name
+                ]
+                band(axis, chosen, "step", "score", marker="o", markersize=3, label=name)
+            axis.set(title=f"template {template}", xlabel="step", ylim=(0, 1))
+        axis.legend(frameon=False, fontsize="small", title="question set")
+
+
+def _mini_run(template: str, name: str, seed: int, setting: Setting) -> Run:
+    return Run(
+        model=where(MODEL, 0, setting),
+        problems=as_problems(training_set(name, size(setting, 400, 8), seed)),
+        held_out=as_problems(held_out(size(setting, 80, 4))),
+        template=template,
+        steps=size(setting, 40, 1),
+        questions=size(setting, 16, 4),
+        group=size(setting, 8, 2),
+        max_tokens=size(setting, 48, 8),
+        eval_every=10,
+        seed=seed,
+    )

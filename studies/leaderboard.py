@@ -1,0 +1,235 @@
+"""Figures 2 and 14, Tables 4 and 5: base model against reinforcement learning at several sizes, and by level."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from common.tasks.sets import BENCHMARKS
+from studies.curves import claim, run_curve, score, size, spread
+from studies.figures import COLOURS, NAMES, grid
+from studies.probing import as_problems
+from studies.questions import held_out, training_set
+from studies.study import Setting, Study, Table, Unit
+from studies.training import CATEGORIES, Run
+from studies.verdict import Expectation, Row, mean, per_seed
+from studies.zoo import where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Size -> model of the zoo, and the recipe of the paper's run at that size.
+SIZES = {"small": "qwen-math-small", "base": "qwen-math"}
+RECIPES = {"1.5B": "paper-1.5b-r1", "3B": "paper-3b-numinaqa", "7B": "paper-7b"}
+ALGORITHMS = ("dr_grpo", "grpo")
+
+
+def _sizes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["size"] for row in rows))
+
+
+def _gain(rows: Sequence[Row], name: str) -> float:
+    where = {"size": name, "algorithm": "dr_grpo"}
+    return score(rows, **where) - score(rows, "first", **where)
+
+
+def shares(rows: Sequence[Row], step: str, level: str | None = None) -> dict[str, float]:
+    """Share of each category among greedy answers of Dr. GRPO's first or last evaluation, sizes together."""
+    counts = dict.fromkeys(CATEGORIES, 0)
+    for row in _ends(rows, step):
+        for key, count in row["categories"].items():
+            of, _, category = key.partition("/")
+            if level in (None, of):
+                counts[category] += count
+    total = sum(counts.values())
+    return {category: count / total for category, count in counts.items()}
+
+
+def _ends(rows: Sequence[Row], step: str) -> list[Row]:
+    """First or last evaluations of each size and seed that have categories (the miniature's have)."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        if row["kind"] == "eval" and row["algorithm"] == "dr_grpo" and row.get("categories"):
+            key = (row["size"], row["seed"])
+            better = (lambda a, b: a < b) if step == "first" else (lambda a, b: a > b)
+            if key not in found or better(row["step"], found[key]["step"]):
+                found[key] = row
+    return list(found.values())
+
+
+def _levels(rows: Sequence[Row]) -> list[str]:
+    return sorted({key.partition("/")[0] for row in _ends(rows, "last") for key in row["categories"]})
+
+
+def _change(rows: Sequence[Row], category: str) -> float:
+    return shares(rows, "last")[category] - shares(rows, "first")[category]
+
+
+class Leaderboard(Study):
+    """See the module."""
+
+    name = "leaderboard"
+    shows = "Figures 2 and 14, Tables 4 and 5"
+    paper = (
+        "Reinforcement learning lifts base models of 1.5B, 3B and 7B on the average of five benchmarks (33.1 → 42.1, "
+        "0.1 → 20.7, 38.2 → 51.4). From V3-Base to R1-Zero wrong answers become right ones at every level, "
+        "unformatted ones become more frequent, and wrong answers are longer than right ones."
+    )
+    miniature = (
+        "Two sizes of the qwen-math model (about 60 and 230 thousand parameters), Dr. GRPO and GRPO for 60 steps; "
+        "greedy answers to held-out questions of two levels, by category, before and after."
+    )
+    expectations = (
+        Expectation(
+            "gain in accuracy by Dr. GRPO, smallest over sizes",
+            claim(lambda rows: min(_gain(rows, name) for name in _sizes(rows))),
+            0.05,
+        ),
+        Expectation(
+            "share of right answers after - before, smallest over levels",
+            claim(
+                lambda rows: min(
+                    shares(rows, "last", level)["correct"] - shares(rows, "first", level)["correct"]
+                    for level in _levels(rows)
+                )
+            ),
+            0.0,
+        ),
+        Expectation(
+            "share of wrong answers after - before",
+            claim(lambda rows: _change(rows, "wrong")),
+            0.0,
+            "at most",
+        ),
+        Expectation(
+            "share of unformatted answers after - before (the paper: it rises)",
+            claim(lambda rows: _change(rows, "unformatted")),
+            0.0,
+        ),
+    )
+
+    def models(self, setting: Setting) -> list[tuple[str, int]]:
+        return [(name, 0) for name in SIZES.values()]
+
+    def units(self, setting: Setting) -> list[Unit]:
+        return [
+            Unit(f"{name}/{algorithm}/seed-{seed}", {"size": name, "algorithm": algorithm, "seed": seed})
+            for seed in setting.seeds
+            for name in (RECIPES if setting.full else SIZES)
+            for algorithm in ALGORITHMS
+        ]
+
+    def run(self, unit: Unit, setting: Setting) -> list[Row]:
+        name, algorithm, seed = (unit.arguments[key] for key in ("size", "algorithm", "seed"))
+        rows = run_curve(
+            lambda: _mini_run(name, algorithm, seed, setting),
+            setting,
+            recipe=RECIPES.get(name, ""),
+            name=f"{name}-{algorithm}-seed-{seed}",
+            settings={"run.seed": seed, "algorithm.preset": algorithm},
+        )
+        return [{"size": name, "algorithm": algorithm, "seed": seed, **row} for row in rows]
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        tables = [_score_table(rows)]
+        if any(row.get("sets") for row in rows):
+            tables.append(_benchmark_table(rows))
+        if _levels(rows):
+            tables += [_category_table(rows), _character_table(rows)]
+        return tables
+
+    def draw(self, rows: Sequence[Row], figure: Figure) -> None:
+        left, *others = grid(figure, 1, 3)
+        _draw_scores(left, rows)
+        for axis, step in zip(others, ("first", "last"), strict=True):
+            bottoms = dict.fromkeys(_levels(rows), 0.0)
+            for category in CATEGORIES:
+                heights = [shares(rows, step, level)[category] for level in bottoms]
+                axis.bar(list(bottoms), heights, bottom=list(bottoms.values()), label=category)
+                bottoms = {level: bottoms[level] + h for level, h in zip(bottoms, heights, strict=True)}
+            title = "before" if step == "first" else "after"
+            axis.set(title=f"answers by level, {title}", xlabel="level", ylim=(0, 1))
+        others[-1].legend(frameon=False, fontsize="small")
+
+
+def _score_table(rows: Sequence[Row]) -> Table:
+    cells = [("model", "base", *(NAMES[algorithm] for algorithm in ALGORITHMS))]
+    for name in _sizes(rows):
+        base = spread(per_seed(rows, lambda s, n=name: score(s, "first", size=n, algorithm="dr_grpo")))
+        ends = [
+            spread(per_seed(rows, lambda s, n=name, a=algorithm: score(s, size=n, algorithm=a)))
+            for algorithm in ALGORITHMS
+        ]
+        cells.append((name, base, *ends))
+    return Table("Accuracy, greedy: mean (range) over seeds", cells)
+
+
+def _benchmark_table(rows: Sequence[Row]) -> Table:
+    cells = [("model", *BENCHMARKS)]
+    for name in _sizes(rows):
+        for algorithm in ALGORITHMS:
+            mine = [r for r in rows if r.get("sets") and (r["size"], r["algorithm"]) == (name, algorithm)]
+            for label, step in (("base", min), (NAMES[algorithm], max)):
+                at = step((row["step"] for row in mine), default=None)
+                values = [_benchmark(mine, at, benchmark) for benchmark in BENCHMARKS]
+                cells.append((f"{name}, {label}", *values))
+    return Table("Accuracy on the five benchmarks (%), mean over seeds", cells)
+
+
+def _benchmark(rows: Sequence[Row], step: int | None, name: str) -> str:
+    values = [row["sets"][name] for row in rows if row["step"] == step and name in row["sets"]]
+    return f"{100 * mean(values):.1f}" if values else "-"
+
+
+def _category_table(rows: Sequence[Row]) -> Table:
+    cells = [("level", *(f"{category}: before → after" for category in CATEGORIES))]
+    for level in _levels(rows):
+        before, after = (shares(rows, step, level) for step in ("first", "last"))
+        cells.append((level, *(f"{100 * before[c]:.1f} → {100 * after[c]:.1f}" for c in CATEGORIES)))
+    return Table("Answers by category (%), Dr. GRPO", cells)
+
+
+def _character_table(rows: Sequence[Row]) -> Table:
+    """Table 5: lengths of texts; truncated answers are left out, as there."""
+    names = [category for category in CATEGORIES if category != "truncated"]
+    cells = [("category", "before", "after")]
+    ends = [_ends(rows, step) for step in ("first", "last")]
+    cells += [(category, *(_characters(some, category) for some in ends)) for category in names]
+    return Table("Mean length of answers in characters, Dr. GRPO", cells)
+
+
+def _characters(rows: Sequence[Row], category: str) -> str:
+    found: list[Mapping[str, float]] = [row["characters"] for row in rows if category in row["characters"]]
+    return f"{mean([some[category] for some in found]):.1f}" if found else "-"
+
+
+def _draw_scores(axis, rows: Sequence[Row]) -> None:
+    names = _sizes(rows)
+    bars = [("base", "0.6", "first", "dr_grpo")]
+    bars += [(NAMES[name], COLOURS[name], "last", name) for name in ALGORITHMS]
+    for index, (label, colour, step, algorithm) in enumerate(bars):
+        values = [
+            mean(per_seed(rows, lambda s, n=name, w=step, a=algorithm: score(s, w, size=n, algorithm=a)))
+            for name in names
+        ]
+        places = [place + 0.27 * index for place in range(len(names))]
+        axis.bar(places, values, width=0.25, color=colour, label=label)
+    axis.set(title="accuracy", xticks=[place + 0.27 for place in range(len(names))], ylim=(0, 1))
+    axis.set_xticklabels(names)
+    axis.legend(frameon=False, fontsize="small")
+
+
+def _mini_run(name: str, algorithm: str, seed: int, setting: Setting) -> Run:
+    return Run(
+        model=where(SIZES[name], 0, setting),
+        problems=as_problems(training_set("orz", size(setting, 800, 8), seed)),
+        held_out=as_problems(held_out(size(setting, 200, 8))),
+        algorithm=algorithm,
+        template="no",
+        steps=size(setting, 60, 1),
+        questions=size(setting, 16, 4),
+        group=size(setting, 8, 2),
+        max_tokens=size(setting, 48, 8),
+        eval_every=30,
+        seed=seed,
+    )

@@ -1,0 +1,143 @@
+"""Figure 7: what domain pretraining does to the ceiling of reinforcement learning, and GRPO's double increase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from studies.curves import at_end, claim, run_curve, score, size, spread
+from studies.figures import COLOURS, NAMES, band, grid
+from studies.probing import as_problems
+from studies.questions import held_out, training_set
+from studies.study import Setting, Study, Table, Unit
+from studies.training import Run
+from studies.verdict import Expectation, Row, per_seed
+from studies.zoo import HUB, where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BASES = ("llama", "finemath", "numina")
+# (base, algorithm): figure 7 left compares bases, figure 7 right algorithms on the last one.
+RUNS = (*((base, "dr_grpo") for base in BASES), ("numina", "grpo"))
+
+
+def _score(rows: Sequence[Row], base: str, when: str = "last", algorithm: str = "dr_grpo") -> float:
+    return score(rows, when, base=base, algorithm=algorithm)
+
+
+def _length(rows: Sequence[Row], algorithm: str) -> float:
+    return at_end(rows, "length", base="numina", algorithm=algorithm)
+
+
+class Pretraining(Study):
+    """See the module."""
+
+    name = "pretraining"
+    shows = "Figure 7"
+    paper = (
+        "Domain pretraining raises the ceiling: plain Llama-3.2-3B gains little from reinforcement learning, after "
+        "mathematical text it gains more, and after concatenated question-answer text it starts lowest and ends "
+        "highest. On that base GRPO's length rises with its reward (a double increase); Dr. GRPO gets there shorter."
+    )
+    miniature = (
+        "A chain of three base models: running text (llama), then mathematical text (finemath), then concatenated "
+        "question-answer text (numina); Dr. GRPO under R1's template, 40 steps, and GRPO on the last base."
+    )
+    expectations = (
+        Expectation(
+            "accuracy at the end, finemath - llama",
+            claim(lambda rows: _score(rows, "finemath") - _score(rows, "llama")),
+            0.0,
+        ),
+        Expectation(
+            "accuracy at the end, numina - llama",
+            claim(lambda rows: _score(rows, "numina") - _score(rows, "llama")),
+            0.05,
+        ),
+        Expectation(
+            "accuracy at the start, lower of llama and finemath - numina",
+            claim(
+                lambda rows: (
+                    min(_score(rows, "llama", "first"), _score(rows, "finemath", "first"))
+                    - _score(rows, "numina", "first")
+                )
+            ),
+            0.0,
+        ),
+        Expectation(
+            "numina, response length at the end, GRPO / Dr. GRPO",
+            claim(lambda rows: _length(rows, "grpo") / _length(rows, "dr_grpo")),
+            1.2,
+        ),
+        Expectation(
+            "numina, accuracy at the end, Dr. GRPO - GRPO",
+            claim(lambda rows: _score(rows, "numina") - _score(rows, "numina", algorithm="grpo")),
+            -0.05,
+        ),
+    )
+
+    def models(self, setting: Setting) -> list[tuple[str, int]]:
+        return [(base, 0) for base in BASES]
+
+    def units(self, setting: Setting) -> list[Unit]:
+        return [
+            Unit(f"{base}/{algorithm}/seed-{seed}", {"base": base, "algorithm": algorithm, "seed": seed})
+            for seed in setting.seeds
+            for base, algorithm in RUNS
+        ]
+
+    def run(self, unit: Unit, setting: Setting) -> list[Row]:
+        base, algorithm, seed = (unit.arguments[key] for key in ("base", "algorithm", "seed"))
+        rows = run_curve(
+            lambda: _mini_run(base, algorithm, seed, setting),
+            setting,
+            recipe="paper-3b-numinaqa",
+            name=f"{base}-{algorithm}-seed-{seed}",
+            settings={"run.seed": seed, "model.path": HUB[base], "algorithm.preset": algorithm},
+        )
+        return [{"base": base, "algorithm": algorithm, "seed": seed, **row} for row in rows]
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        cells = [("base and objective", "accuracy, start", "accuracy, end", "length, end")]
+        for base, algorithm in RUNS:
+            names = {"base": base, "algorithm": algorithm}
+            first, last = (
+                spread(per_seed(rows, lambda seed, when=when, n=names: score(seed, when, **n)))
+                for when in ("first", "last")
+            )
+            length = spread(per_seed(rows, lambda seed, n=names: at_end(seed, "length", **n)), 1)
+            cells.append((f"{base}, {NAMES[algorithm]}", first, last, length))
+        return [Table("Mean (range) over seeds", cells)]
+
+    def draw(self, rows: Sequence[Row], figure: Figure) -> None:
+        left, middle, right = grid(figure, 1, 3)
+        for base in BASES:
+            chosen = [r for r in rows if (r["kind"], r["base"], r["algorithm"]) == ("eval", base, "dr_grpo")]
+            band(left, chosen, "step", "score", marker="o", label=base)
+        for algorithm in ("dr_grpo", "grpo"):
+            style = {"color": COLOURS[algorithm], "label": NAMES[algorithm]}
+            mine = [r for r in rows if r["base"] == "numina" and r["algorithm"] == algorithm]
+            band(middle, [r for r in mine if r["kind"] == "eval"], "step", "score", marker="o", **style)
+            band(right, [r for r in mine if r["kind"] == "train"], "step", "length", smooth=5, **style)
+        left.set(title="accuracy, Dr. GRPO, by base", xlabel="step")
+        middle.set(title="numina: accuracy", xlabel="step")
+        right.set(title="numina: response length", xlabel="step")
+        for axis in (left, middle):
+            axis.legend(frameon=False, fontsize="small")
+
+
+def _mini_run(base: str, algorithm: str, seed: int, setting: Setting) -> Run:
+    return Run(
+        model=where(base, 0, setting),
+        problems=as_problems(training_set("orz", size(setting, 600, 8), seed)),
+        held_out=as_problems(held_out(size(setting, 80, 4))),
+        algorithm=algorithm,
+        template="r1",
+        steps=size(setting, 40, 1),
+        questions=size(setting, 16, 4),
+        group=size(setting, 8, 2),
+        max_tokens=size(setting, 64, 8),
+        eval_every=10,
+        seed=seed,
+    )

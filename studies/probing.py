@@ -1,0 +1,76 @@
+"""Questions, verdicts and templates for the analysis of base models.
+
+Invariant: a model is analysed under the template under which it answers most often, chosen by one rule for all
+models (paper, section 2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from common.tasks.sets import BENCHMARKS, load_questions
+from common.tasks.templates import Template, get_template
+from common.verifier import Outcome, grade
+from studies.judges import Judge
+from studies.questions import held_out
+from studies.samplers import Response, Sampler
+from studies.study import Setting
+from studies.training import Problem
+
+CANDIDATES = ("no", "r1", "qwen_math")
+MINIATURE_TOKENS = 48
+FULL_TOKENS = 3000
+
+
+def max_tokens(setting: Setting) -> int:
+    """Generation budget of an analysis."""
+    return FULL_TOKENS if setting.full else MINIATURE_TOKENS
+
+
+def probe_problems(setting: Setting, count: int) -> list[Problem]:
+    """The first `count` questions to probe with: held out in the miniature, MATH's training set in full size."""
+    if setting.full:
+        return [Problem(row["problem"], row) for row in load_questions("math_12k", limit=count)]
+    return as_problems(held_out(count))
+
+
+def benchmark_problems(setting: Setting, count: int) -> list[Problem]:
+    """The questions on which accuracy is measured: the paper's five benchmarks, or the probe questions."""
+    if setting.full:
+        rows = (row for name in BENCHMARKS for row in load_questions(name))
+        return [Problem(row["problem"], row) for row in rows]
+    return probe_problems(setting, count)
+
+
+def as_problems(questions: Sequence) -> list[Problem]:
+    """MiniMath questions as the studies pass them on."""
+    return [Problem(question.problem, asdict(question)) for question in questions]
+
+
+def verdict(response: Response, problem: Problem, template: Template) -> Outcome:
+    """The verifier's word; a response cut at the budget is `truncated`."""
+    if not response.finished:
+        return Outcome.TRUNCATED
+    return grade(response.text, problem.row["answer"], template=template.extraction).verdict
+
+
+def answering_rate(
+    sampler: Sampler, problems: Sequence[Problem], template: Template, judge: Judge, tokens: int
+) -> float:
+    """Share of greedy responses that answer the question; what the judge cannot tell does not count."""
+    questions = [problem.text for problem in problems]
+    found = sampler.sample(questions, template, samples=1, temperature=0.0, max_tokens=tokens)
+    judged = [
+        judge.answers(template.render(question), responses[0].text)
+        for question, responses in zip(questions, found, strict=True)
+    ]
+    return sum(answer is True for answer in judged) / len(judged)
+
+
+def best_template(sampler: Sampler, problems: Sequence[Problem], judge: Judge, tokens: int) -> str:
+    """The candidate with the highest Answering Rate; without a template where that is as good."""
+    rates = {
+        name: answering_rate(sampler, problems, get_template(name), judge, tokens) for name in CANDIDATES
+    }
+    return max(CANDIDATES, key=lambda name: rates[name])

@@ -1,0 +1,158 @@
+"""Figure 3 left, Table 1: which prompt a base model answers to, and what its pretraining text has to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from common.tasks.templates import get_template
+from common.verifier import Outcome
+from studies.figures import grid
+from studies.judges import judge_of
+from studies.probing import answering_rate, benchmark_problems, max_tokens, probe_problems, verdict
+from studies.samplers import sampler_of
+from studies.study import Budget, Setting, Study, Table, Unit
+from studies.verdict import Expectation, Row, mean, per_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MODELS = ("qwen-math", "llama", "chat")
+TEMPLATES = ("no", "qwen_math", "few_shot", "r1")
+_QUESTIONS = {Budget.SECONDS: 4, Budget.MINIATURE: 100, Budget.FULL: 500}
+
+
+def _value(rows: Sequence[Row], model: str, template: str, key: str) -> float:
+    return mean([row[key] for row in rows if row["model"] == model and row["template"] == template])
+
+
+def _claim(value: Callable[[Callable[[str, str, str], float]], float]):
+    """A measure per seed, written in terms of value(model, template, key)."""
+    return lambda rows: per_seed(rows, lambda seed: value(lambda *names: _value(seed, *names)))
+
+
+def _accuracies(value: Callable[[str, str, str], float], names: Iterable[str]) -> list[float]:
+    return [value("qwen-math", name, "accuracy") for name in names]
+
+
+class Templates(Study):
+    """See the module."""
+
+    name = "templates"
+    shows = "Figure 3 left, Table 1"
+    paper = (
+        "Qwen2.5-Math answers best without any template (about 60 % above 4-shot prompting), and a mismatched one "
+        "destroys it; Llama and DeepSeek base models answer only with a template. The authors suppose that Qwen was "
+        "pretrained on concatenated question-answer text, which they could not test."
+    )
+    miniature = (
+        "Three small models that differ in nothing but their pretraining text: bare question-answer text "
+        "(qwen-math), running text with exercise lists and a few dialogues (llama), chat template (chat). "
+        "Repetitions are pretrainings from other seeds. Greedy answers to 100 held-out questions."
+    )
+    expectations = (
+        Expectation(
+            "qwen-math: accuracy without template - best of the other prompts",
+            _claim(
+                lambda v: (
+                    v("qwen-math", "no", "accuracy") - max(_accuracies(v, ("qwen_math", "few_shot", "r1")))
+                )
+            ),
+            0.0,
+        ),
+        Expectation(
+            "qwen-math: accuracy without template - 1.3 x accuracy of 4-shot",
+            _claim(lambda v: v("qwen-math", "no", "accuracy") - 1.3 * v("qwen-math", "few_shot", "accuracy")),
+            0.0,
+        ),
+        Expectation(
+            "qwen-math: worst of the other prompts - accuracy with R1",
+            _claim(
+                lambda v: (
+                    min(_accuracies(v, ("no", "qwen_math", "few_shot"))) - v("qwen-math", "r1", "accuracy")
+                )
+            ),
+            0.0,
+        ),
+        Expectation(
+            "control, pretrained with a chat template: accuracy with it - without",
+            _claim(lambda v: v("chat", "qwen_math", "accuracy") - v("chat", "no", "accuracy")),
+            0.1,
+        ),
+        Expectation(
+            "qwen-math: Answering Rate without template",
+            _claim(lambda v: v("qwen-math", "no", "answering")),
+            0.9,
+        ),
+        Expectation(
+            "llama: Answering Rate with R1 - without template",
+            _claim(lambda v: v("llama", "r1", "answering") - v("llama", "no", "answering")),
+            0.2,
+        ),
+        Expectation(
+            "Answering Rate without template: lowest of the others - llama",
+            _claim(
+                lambda v: (
+                    min(v("qwen-math", "no", "answering"), v("chat", "no", "answering"))
+                    - v("llama", "no", "answering")
+                )
+            ),
+            0.0,
+        ),
+    )
+
+    def models(self, setting: Setting) -> list[tuple[str, int]]:
+        return [(model, seed) for seed in setting.seeds for model in MODELS]
+
+    def units(self, setting: Setting) -> list[Unit]:
+        models = [(setting.endpoint_model, 0)] if setting.endpoint else self.models(setting)
+        return [Unit(f"{model}/seed-{seed}", {"model": model, "seed": seed}) for model, seed in models]
+
+    def run(self, unit: Unit, setting: Setting) -> list[Row]:
+        model, seed = unit.arguments["model"], unit.arguments["seed"]
+        sampler = sampler_of(model, seed, setting)
+        judge, tokens, count = judge_of(setting), max_tokens(setting), _QUESTIONS[setting.budget]
+        asked, probed = benchmark_problems(setting, count), probe_problems(setting, count)
+        rows: list[Row] = []
+        for name in TEMPLATES:
+            template = get_template(name)
+            found = sampler.sample(
+                [p.text for p in asked], template, samples=1, temperature=0.0, max_tokens=tokens
+            )
+            verdicts = [verdict(r[0], p, template) for r, p in zip(found, asked, strict=True)]
+            rows.append(
+                {
+                    "model": model,
+                    "seed": seed,
+                    "template": name,
+                    "accuracy": sum(v is Outcome.CORRECT for v in verdicts) / len(verdicts),
+                    "answering": answering_rate(sampler, probed, template, judge, tokens),
+                    "truncated": sum(not r[0].finished for r in found) / len(found),
+                    "example": found[0][0].text[:200],
+                }
+            )
+        return rows
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        tables = []
+        for key, title in (("accuracy", "Accuracy (%)"), ("answering", "Answering Rate (%)")):
+            cells = [("model", *TEMPLATES)]
+            for model in dict.fromkeys(row["model"] for row in rows):
+                values = [_value(rows, model, name, key) for name in TEMPLATES]
+                cells.append((model, *(f"{100 * value:.1f}" for value in values)))
+            tables.append(Table(f"{title}, mean over seeds", cells))
+        return tables
+
+    def draw(self, rows: Sequence[Row], figure: Figure) -> None:
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        for axis, (key, title) in zip(
+            grid(figure, 1, 2),
+            (("answering", "Answering Rate"), ("accuracy", "accuracy, greedy")),
+            strict=True,
+        ):
+            for index, name in enumerate(TEMPLATES):
+                places = [place + 0.2 * index for place in range(len(models))]
+                axis.bar(places, [_value(rows, model, name, key) for model in models], width=0.18, label=name)
+            axis.set(title=title, xticks=[place + 0.3 for place in range(len(models))], ylim=(0, 1.05))
+            axis.set_xticklabels(models)
+        axis.legend(frameon=False, fontsize="small", title="template")
