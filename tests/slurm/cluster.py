@@ -21,6 +21,8 @@ from pathlib import Path
 SEARCH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "srun")
 
+GPUS = 4  # that each node claims to have: plain files, which Slurm complains of in its log, and counts
+
 # cgroups need a system manager: process tracking by parentage is enough for workers that end with their group.
 CONFIGURATION = """\
 ClusterName=slipstream-test
@@ -35,6 +37,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+GresTypes=gpu
 SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -86,7 +89,7 @@ class Cluster:
         ports = _free_ports(nodes + 1)
         lines = [
             f"NodeName=n{i} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports[i]} "
-            f"CPUs={cpus} RealMemory=4000"
+            f"CPUs={cpus} RealMemory=4000 Gres=gpu:{GPUS}"
             for i in range(1, nodes + 1)
         ]
         text = CONFIGURATION.format(
@@ -97,6 +100,9 @@ class Cluster:
             nodes="\n".join(lines),
         )
         self.conf.write_text(text)
+        for number in range(GPUS):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
         (folder / "state").mkdir()
 
     def start(self) -> None:

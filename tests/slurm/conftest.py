@@ -32,8 +32,8 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def shared(monkeypatch) -> Iterator[Path]:
-    """A folder that all nodes see, and where the submitter stands."""
-    folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
+    """A folder that all nodes see, and where the submitter stands; its name is not one word."""
+    folder = Path(tempfile.mkdtemp(prefix="slipstream run "))
     monkeypatch.chdir(folder)
     yield folder
     if "SLIPSTREAM_KEEP" not in os.environ:  # set it to look at a failed run's files

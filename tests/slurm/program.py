@@ -34,7 +34,15 @@ from tests.scripted.actor import ScriptedActor
 from tests.scripted.learner import ScriptedLearner
 
 GROUP_S = float(os.environ.get("TEST_GROUP_S", "0.05"))
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME")
+RENDEZVOUS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NCCL_SOCKET_IFNAME",
+    "SLURM_GPUS_ON_NODE",
+)
 
 
 def note(folder: Path, who: str, what: str, **more: int) -> None:

@@ -103,21 +103,25 @@ def test_near_the_time_limit_a_job_saves_and_queues_again(cluster: Cluster, shar
     assert len(seen(folder, "actor-1", "started")) == 2
 
 
-def test_ranks_of_several_nodes_meet(cluster: Cluster, shared: Path, program):
+def test_ranks_of_several_nodes_meet_and_gpus_are_shared_out(cluster: Cluster, shared: Path, program):
     recipe = write_recipe(shared, steps=3)
-    recipe.write_text(recipe.read_text() + "\n[learner]\nranks = 4\n")
-    folder = send(recipe, program, learner_nodes=2, actors=1)
+    text = recipe.read_text().replace('device = "cpu"', 'device = "gpu"')
+    recipe.write_text(text + "\n[actor]\ntensor_parallel = 2\n")
+    folder = send(recipe, program, learner_nodes=2, gpus_per_node=2, actors=1, interface="lo")
     assert_whole(folder, 3)
-    ranks = [line for line in seen(folder) if line["who"].startswith("rank ")]
-    assert sorted(line["who"] for line in ranks) == ["rank 0", "rank 1", "rank 2", "rank 3"]
+    ranks = sorted(
+        (line for line in seen(folder) if line["who"].startswith("rank ")), key=lambda line: line["who"]
+    )
+    assert [line["who"] for line in ranks] == ["rank 0", "rank 1", "rank 2", "rank 3"]
     assert {line["what"] for line in ranks} == {"sum 10"}
-    assert [line["LOCAL_RANK"] for line in sorted(ranks, key=lambda line: line["who"])] == [
-        "0",
-        "1",
-        "0",
-        "1",
-    ]
+    assert [line["LOCAL_RANK"] for line in ranks] == ["0", "1", "0", "1"]
     assert len({line["SLURMD_NODENAME"] for line in ranks}) == 2
+    assert {line["SLURM_GPUS_ON_NODE"] for line in ranks} == {"2"}
+    assert {line["NCCL_SOCKET_IFNAME"] for line in ranks} == {"lo"}
+    assert {line["MASTER_ADDR"] for line in ranks} == {"127.0.0.1"}
+    assert seen(folder, "actor-0", "started")[0]["SLURM_GPUS_ON_NODE"] == "2", (
+        "tensor parallelism of an engine"
+    )
 
 
 def test_a_worker_that_dies_is_started_again(cluster: Cluster, shared: Path, program):
