@@ -15,6 +15,7 @@ from deploy.slurm.plan import Options, cluster_overrides
 from deploy.slurm.scale import scale
 from deploy.slurm.state import read_state
 from deploy.slurm.submit import submit_recipe
+from tests.deploy.dashboards import selectors
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import final
 from tests.slurm.test_slurm_run import actors_at_work
@@ -60,6 +61,14 @@ def joined(folder: Path, name: str) -> int:
         return 0
 
 
+def assert_dashboard_knows(train: list[dict]) -> None:
+    """The dashboard asks for metrics that a real learner reports."""
+    reported = {name for point in train for name in point["values"]}
+    asked = [labels["name"] for metric, labels in selectors() if metric == "slipstream_train"]
+    assert asked
+    assert all(any(pattern.fullmatch(name) for name in reported) for pattern in asked)
+
+
 def test_the_demo_survives_scaling_and_requeues(cluster: Cluster, submitted: Path):
     folder, state = submitted, read_state(submitted)
     wait_until(lambda: steps_done(folder) >= 2, START_S, "the first steps are trained")
@@ -83,6 +92,7 @@ def test_the_demo_survives_scaling_and_requeues(cluster: Cluster, submitted: Pat
     assert end["status"] == "finished"
     assert end["final"]["step"] == STEPS
     assert end["final"]["ledger"]["sum_ok"], end["final"]["ledger"]
+    assert_dashboard_knows(points(folder, "train"))
     assert "continuing from step" in (folder / "learner.log").read_text()
     wait_until(
         lambda: not queue.queued("slipstream-demo") + queue.queued("slipstream-demo-actors"), 60, "all leave"
