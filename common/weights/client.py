@@ -65,6 +65,8 @@ class LinkClient:
 
     def tell_failed(self, error: LinkError, offer: Offer | None = None) -> None:
         """Tells why this link (or, for SUPERSEDED, this push only) ended, if anybody still listens."""
+        if offer is None:
+            self._client.interrupt()
         fields = {"cause": error.cause, "reason": str(error), "push": offer.push if offer else None}
         with contextlib.suppress(LinkError):
             self._client.push(EVENTS, {"event": "failed", "link": self.spec.link, **fields})

@@ -36,6 +36,8 @@ class DiskSource(Source):
     """
 
     def __init__(self, folder: str | os.PathLike[str], run_id: str, token: str) -> None:
+        for left_behind in Path(folder).glob(f"weights-{run_id}-*"):  # of a learner that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
         self.folder = Path(folder) / f"weights-{run_id}-{token[:8]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._run_id = run_id
@@ -45,10 +47,13 @@ class DiskSource(Source):
         final = self._path(snapshot)
         partial = final.with_suffix(".partial")
         tensors = {name: tensor.cpu() for name, tensor in snapshot.tensors()}
-        save_file(tensors, partial, metadata={"run": self._run_id, "version": str(snapshot.version)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, final)
+        try:
+            save_file(tensors, partial, metadata={"run": self._run_id, "version": str(snapshot.version)})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)
         self._files.append(final)
         while len(self._files) > KEPT:
             self._files.popleft().unlink(missing_ok=True)

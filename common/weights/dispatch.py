@@ -137,6 +137,7 @@ class Dispatcher:
     pushes: dict[int, Push] = field(default_factory=dict)
     failures: Counter[Cause] = field(default_factory=Counter)
     actors: dict[str, ActorMeters] = field(default_factory=dict)
+    bytes_relayed: int = 0
     fatal: str | None = None
     _actions: list[Action] = field(default_factory=list)
 
@@ -163,8 +164,11 @@ class Dispatcher:
         link = self.links.get(event["link"])
         if link is None:
             return
-        if kind == "bye":
-            self.drop(link.name, Cause.LEFT, "left")
+        if kind == "relayed":
+            push = self.pushes.get(event["push"])
+            self.bytes_relayed += push.nbytes if push else 0
+        elif kind == "bye":
+            self.drop_actor(link.actor_id, "left")
         elif kind == "failed" and event["cause"] != Cause.SUPERSEDED:
             if event["cause"] == Cause.CHECKSUM:
                 self.fatal = f"actor {link.actor_id}: {event['reason']}"

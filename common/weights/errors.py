@@ -22,6 +22,7 @@ class Cause(StrEnum):
     TRUNCATED = "truncated"  # a bucket arrived incomplete or out of order
     CHECKSUM = "checksum"  # a parameter differs from what the learner sent
     SUPERSEDED = "superseded"  # the learner dropped this version for a newer one
+    UNWRITTEN = "unwritten"  # the learner could not write the version (disk or shared memory full)
     LEFT = "left"  # the receiver said goodbye
 
 

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from common.weights.errors import Cause, LinkError, SupersededError
@@ -20,6 +21,7 @@ from common.weights.snapshot import Snapshot
 from common.weights.transport import BufferPool, Source, check_footer
 
 SHARED_MEMORY = Path("/dev/shm")
+_OURS = "slipstream-weights-"  # then the process id and the token
 
 
 class SharedMemorySource(Source):
@@ -27,11 +29,18 @@ class SharedMemorySource(Source):
 
     def __init__(self, token: str, folder: Path = SHARED_MEMORY) -> None:
         self._folder = folder
-        self._prefix = f"slipstream-{token}-"
+        self._prefix = f"{_OURS}{os.getpid()}-{token}-"
+        for path in folder.glob(f"{_OURS}*"):
+            if not psutil.pid_exists(int(path.name.removeprefix(_OURS).partition("-")[0])):
+                path.unlink(missing_ok=True)  # of a learner that was killed
 
     def prepare(self, snapshot: Snapshot) -> None:
         path = self._path(snapshot.version)
-        shared = _map_file(path, snapshot.nbytes, create=True)
+        try:
+            shared = _map_file(path, snapshot.nbytes, create=True)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         offset = 0
         for bucket in snapshot.layout:
             shared[offset : offset + bucket.nbytes].copy_(snapshot.buffer(bucket.index))

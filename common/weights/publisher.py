@@ -29,7 +29,7 @@ from common.weights.dispatch import (
     StartSend,
     SteerRelay,
 )
-from common.weights.errors import SupersededError
+from common.weights.errors import Cause, SupersededError
 from common.weights.ipc import CudaIpcSource, SharedMemorySource
 from common.weights.layout import DEFAULT_BUCKET_BYTES
 from common.weights.protocol import EVENTS, Hop, Offer, decode, edge_name, encode
@@ -175,6 +175,7 @@ class Publisher:
                 "links": len(dispatcher.links),
                 "snapshots_held": len(self._snapshots),
                 "bytes_sent": self._bytes_sent,
+                "bytes_relayed": dispatcher.bytes_relayed,
                 "send_s": self._send_seconds[last_push] if last_push is not None else 0.0,
                 "staged_s": {actor: m.staged_s for actor, m in actors.items()},
                 "stopped_ms": {actor: m.stopped_ms for actor, m in actors.items()},
@@ -211,8 +212,10 @@ class Publisher:
                 self._prepare(push, snapshot)
             except SupersededError:
                 continue
-            except OSError as error:
+            except Exception as error:  # a full disk, a store that went away: training goes on
                 LOGGER.error("weights: version %d cannot be offered: %s", push.version, error)
+                with self._lock:
+                    self._dispatcher.failures[Cause.UNWRITTEN] += 1
                 continue
             with self._lock:
                 self._dispatcher.publish(push)

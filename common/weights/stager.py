@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,27 +134,21 @@ class Stager:
             # A stream of its own: staging must not serialise with the model's kernels.
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
         while (offer := self._offers.get()) is not None and not self._closed.is_set():
-            started = time.monotonic()
+            staged, report = None, {"ok": False}
             try:
+                started = time.monotonic()
                 store = store or self._connect()
                 staged = self._receive(store, offer)
                 report = {"ok": True, "seconds": time.monotonic() - started}
             except LinkError as error:
-                staged, report = None, {"ok": False, "cause": error.cause, "reason": str(error)}
-            except (
-                Exception
-            ) as error:  # a torch error here must reach the driver, not end the thread silently
-                staged = None
-                report = {
-                    "ok": False,
-                    "cause": Cause.PEER_LOST,
-                    "reason": f"{type(error).__name__}: {error}"[:300],
-                }
+                report |= {"cause": error.cause, "reason": str(error)}
+            except Exception as error:  # must reach the driver, not end the thread in silence
+                report |= {"cause": Cause.PEER_LOST, "reason": f"{type(error).__name__}: {error}"[:300]}
             if self._closed.is_set():
                 return
             if staged is not None:
                 self._keep(staged, offer)
-            with contextlib.suppress(RuntimeError, dist.DistError):
+            with contextlib.suppress(RuntimeError):
                 if store is not None:  # else the driver's deadline tells
                     store.set(f"{self.spec.link}/staged/{offer.push}/{self.rank}", encode(report))
 
@@ -164,10 +159,8 @@ class Stager:
             stale.release()
         if self.rank == 0:
             for hop in offer.relays:
-                arguments = (staged, offer, hop)
-                threading.Thread(
-                    target=self._relay, args=arguments, name="weights-relay", daemon=True
-                ).start()
+                relay = partial(self._relay, staged, offer, hop)
+                threading.Thread(target=relay, name="weights-relay", daemon=True).start()
         else:
             for _ in offer.relays:
                 staged.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -12,8 +13,10 @@ import pytest
 import torch
 from receiver_process import ReceiverProcess, until
 
+import common.weights.disk
 from common.errors import RunFailedError, UserError
 from common.weights import Address, Cause, LinkError, Publisher, Snapshot
+from common.weights.ipc import SharedMemorySource
 from common.weights.protocol import LinkSpec
 from common.weights.scripted import ScriptedReceiver
 from common.weights.store import StoreClient
@@ -98,8 +101,9 @@ def test_a_tree_of_relays_brings_the_same_bits_to_all(tmp_path, publisher):
             until(lambda v=version: list(publisher.versions_acked().values()) == [v] * 7)
         for receiver in receivers:
             assert_holds(receiver, 3)
+        until(lambda: publisher.meters()["bytes_relayed"] == 3 * 5 * snapshot(1).nbytes)
         meters = publisher.meters()
-    assert meters["bytes_sent"] == 2 * sum(snapshot(v).nbytes for v in (1, 2, 3)), "relays did the rest"
+    assert meters["bytes_sent"] == 3 * 2 * snapshot(1).nbytes, "relays did the rest"
     assert meters["failures"] == {}
 
 
@@ -260,6 +264,41 @@ def test_a_truncated_file_is_refused_and_the_next_version_taken(tmp_path):
             until(lambda: receiver.version == 2)
     finally:
         publisher.close()
+
+
+def test_a_full_disk_costs_a_version_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    publisher = Publisher(run_id=RUN, route="disk", folder=tmp_path, deadline_s=3.0)
+    real = common.weights.disk.save_file
+
+    def full(tensors, path, metadata):
+        if metadata["version"] == "1":
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(common.weights.disk, "save_file", full)
+    try:
+        with thread_receiver(publisher) as receiver:
+            publisher.publish(1, snapshot(1))
+            until(lambda: publisher.meters()["failures"] == {"unwritten": 1})
+            assert not list(tmp_path.glob("*/*"))
+            publisher.publish(2, snapshot(2))
+            until(lambda: receiver.version == 2)
+    finally:
+        publisher.close()
+
+
+def test_what_killed_learners_left_behind_is_removed(tmp_path):
+    (tmp_path / f"weights-{RUN}-0000").mkdir()
+    Publisher(run_id=RUN, route="disk", folder=tmp_path).close()
+    assert not list(tmp_path.iterdir())
+    stale, ours = (
+        tmp_path / "slipstream-weights-4194305-t-1",
+        tmp_path / f"slipstream-weights-{os.getpid()}-t-1",
+    )
+    stale.touch(), ours.touch()
+    SharedMemorySource("token", tmp_path)
+    assert list(tmp_path.iterdir()) == [ours]
 
 
 def test_a_truncated_bucket_is_refused_and_named(publisher):
