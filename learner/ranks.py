@@ -152,16 +152,18 @@ class Ranks:
         return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
 
     def broadcast(self, frame: bytes | None, group: Any) -> bytes:
-        """The bytes that rank 0 hands in, on every rank; `group` is `main` or `feed`."""
+        """The bytes that rank 0 hands in, on every rank; `group` is `main` or `feed`. Others' bytes are ignored."""
         if self.world == 1:
             assert frame is not None
             return frame
-        size = torch.tensor([len(frame) if frame is not None else 0])
+        sent = bytearray(frame or b"") if self.leads else bytearray()
+        size = torch.tensor([len(sent)])
         dist.broadcast(size, src=0, group=group)
         data = torch.empty(int(size), dtype=torch.uint8)
-        if frame is not None:
-            data = torch.frombuffer(bytearray(frame), dtype=torch.uint8) if frame else data
-        dist.broadcast(data, src=0, group=group)
+        if sent:
+            data = torch.frombuffer(sent, dtype=torch.uint8)
+        if len(data):
+            dist.broadcast(data, src=0, group=group)
         return data.numpy().tobytes()
 
     def barrier(self) -> None:

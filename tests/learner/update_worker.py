@@ -124,6 +124,11 @@ def main() -> None:
     """Run all cases, save on rank 0."""
     cases = json.loads(Path(sys.argv[1]).read_text())
     ranks = start_ranks(120.0)
+    # What rank 0 says is heard by all, whatever the others hold in hand.
+    assert ranks.broadcast(b"x" * (1 + ranks.rank), ranks.main) == b"x"
+    assert ranks.broadcast(b"" if ranks.leads else None, ranks.feed) == b""
+    held = torch.arange(3.0 - ranks.rank)
+    assert [len(part) for part in ranks.gather(held)] == [3, 2][: ranks.world]
     folder = Path(sys.argv[2]).parent
     outcomes = {
         name: run_resume(ranks, case, folder / name) if "rewards" in case else run_case(ranks, case)
