@@ -28,7 +28,7 @@ KeysOption = Annotated[
     Path | None,
     typer.Option("--keys", metavar="FOLDER", help="CURVE keys, needed when the broker is not on loopback."),
 ]
-WAIT_FOR_BROKER_S = 300.0
+ASK_FOR_BROKER_S = 20.0
 TRACKER_PATIENCE_S = 90.0
 
 
@@ -48,12 +48,44 @@ def _find_broker(join: str | None, run: str | None, keys: Path | None) -> tuple[
     if join is not None:
         return join, keys
     from common.wire import from_file
-    from deploy.folder import ADDRESS_FILE, find_folder, read_recipe, wait_for_address
+    from deploy.folder import ADDRESS_FILE, find_folder, read_recipe
 
     folder = find_folder(str(run))
-    wait_for_address(folder, WAIT_FOR_BROKER_S)
     # The file, not what it says now: a broker that is started again may have another port, or another node.
-    return from_file(folder / ADDRESS_FILE), keys or read_recipe(folder).broker.keys
+    address, keys = from_file(folder / ADDRESS_FILE), keys or read_recipe(folder).broker.keys
+    _wait_for_broker(folder, address, keys)
+    return address, keys
+
+
+def _wait_for_broker(folder: Path, address: str, keys: Path | None) -> None:
+    """Wait until the run's broker answers, for as long as the run has not ended: a queued job may hold it."""
+    while not _broker_answers(folder, address, keys):
+        if _has_ended(folder):
+            raise UserError(f"the run in '{folder}' has ended: nobody serves it.", setting="--run")
+        logging.getLogger("slipstream").warning("still waiting for the broker of '%s'", folder)
+
+
+def _broker_answers(folder: Path, address: str, keys: Path | None) -> bool:
+    from common.messages import Goodbye
+    from common.wire import BrokerUnreachable, RefusedError
+    from deploy.folder import wait_for_address
+    from deploy.watch import observer
+
+    try:
+        wait_for_address(folder, ASK_FOR_BROKER_S)
+    except UserError:
+        return False
+    client = observer(address, keys)
+    try:
+        client.connect(ASK_FOR_BROKER_S)
+        client.request(Goodbye(reason="the broker is there"), timeout_s=ASK_FOR_BROKER_S)
+    except RefusedError:
+        pass  # it is there; the worker itself hears and says why
+    except BrokerUnreachable:
+        return False
+    finally:
+        client.close()
+    return True
 
 
 def broker(
