@@ -33,8 +33,9 @@ import psutil
 import zmq
 
 from benchmarks.broker_load import ActorFleet, Learner, publish_frames, relay, relay_load
+from broker.group import Facts
 from broker.journal import Journal
-from broker.ledger import Facts, Ledger
+from broker.ledger import Ledger
 from broker.main import identity, serve
 from broker.run_folder import JOURNAL_FOLDER
 from broker.state import load_training_set, rules_of

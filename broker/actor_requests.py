@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from broker.checks import check_group
 from broker.ending import Ending
-from broker.ledger import Facts, Group
+from broker.group import Facts, Group
 from broker.members import Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from broker.ledger import Group, Ledger, Rules, State
+from broker.group import Group, Rules, State
+from broker.ledger import Ledger
 from broker.store import Buffer, Entry, StoreFull, entry_size
 from common.errors import UserError
 from common.messages import GroupId

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from broker.ending import Ending
-from broker.ledger import Group, LedgerError, State
+from broker.group import Group, LedgerError, State
 from broker.members import Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from broker.group import Group, Rules, State
 from broker.journal import Journal
-from broker.ledger import Group, Ledger, Rules, State
+from broker.ledger import Ledger
 from broker.run_folder import JOURNAL_FOLDER
 from broker.store import Entry
 from common.errors import UserError

@@ -17,8 +17,8 @@ import msgpack
 
 from broker.actor_requests import ActorRequests
 from broker.ending import Ending
+from broker.group import LedgerError
 from broker.learner_requests import LearnerRequests
-from broker.ledger import LedgerError
 from broker.members import LEFT, MAX_PEERS, Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState

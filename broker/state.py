@@ -14,7 +14,8 @@ from typing import Any
 
 from broker.checks import Limits
 from broker.evaluation import Evaluations
-from broker.ledger import Ledger, Rules
+from broker.group import Rules
+from broker.ledger import Ledger
 from broker.members import Members
 from broker.meters import Meters
 from broker.store import Store

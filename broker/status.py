@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.ending import Ending
-from broker.ledger import Group, LedgerError, State
+from broker.group import Group, LedgerError, State
 from broker.state import RunState
 from broker.store import Buffer
 from common.messages import GroupHeader, GroupId, GroupView

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from broker.group import Facts, Group, Rules, State
 from broker.journal import Journal
-from broker.ledger import Facts, Group, Ledger, Rules, State
+from broker.ledger import Ledger
 from broker.store import Entry, StoreFull
 from common.errors import UserError
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import staleness
-from broker.ledger import Facts, Group, Ledger, LedgerError, Rules, State
+from broker.group import Facts, Group, LedgerError, Rules, State
+from broker.ledger import Ledger
 from broker.order import epoch_order
 
 

@@ -22,8 +22,9 @@ from hypothesis.stateful import (
     rule,
 )
 
+from broker.group import Facts, Rules, State
 from broker.journal import Journal
-from broker.ledger import Facts, Ledger, Rules, State
+from broker.ledger import Ledger
 from broker.store import Entry
 from common.messages import GroupId
 
