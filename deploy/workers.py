@@ -174,9 +174,9 @@ def learner(
     address, found_keys = _find_broker(join, run, keys)
     if ranks > 1 and "RANK" not in os.environ:
         _become_torchrun(ranks, address, found_keys, resume)
-    from learner.main import run_learner
+    from learner.main import leave, run_learner
 
-    raise typer.Exit(run_learner(address, resume=resume, keys=found_keys))
+    leave(run_learner(address, resume=resume, keys=found_keys))
 
 
 def _become_torchrun(ranks: int, address: str, keys: Path | None, resume: bool) -> None:
