@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from common.errors import UserError
+from common.tasks.templates import get_template
 from studies.judges import KEYWORDS, ModelJudge, Reflection, RuleJudge, keywords_in
 from studies.openai_client import OpenAIClient
 from studies.probing import verdict
@@ -153,8 +154,6 @@ def test_a_server_that_is_not_there_is_named() -> None:
 
 
 def test_served_model_gets_the_raw_prompt_and_its_stop_string_back(server) -> None:
-    from common.tasks.templates import get_template
-
     template = get_template("r1")
     server.replies = ["1+1=2 </think> <answer>2"]
     found = EndpointSampler(client(server)).sample(
