@@ -22,11 +22,11 @@ from tests.slurm.recipes import write_recipe
 pytestmark = pytest.mark.slurm
 
 
-def send(recipe: Path, program: tuple[str, ...], **changes) -> Path:
+def send(recipe: Path, program: tuple[str, ...], *, resume: bool = False, **changes) -> Path:
     """Submit as the verb does, with another program; returns the run folder."""
     options = Options(**{"learner_nodes": 1, "actors": 2, "partition": "main", **changes})
     resolved = load_recipe(recipe, cluster_overrides(load_recipe(recipe), options))
-    submit_recipe(resolved, options, program=program)
+    submit_recipe(resolved, options, program=program, resume=resume)
     return resolved.folder.resolve()
 
 
@@ -143,3 +143,23 @@ def test_a_run_that_cannot_go_on_leaves_nothing_behind(cluster: Cluster, shared:
     wait_until(lambda: not queue.queued("slipstream-demo"), 90, "the head job gives up")
     wait_until(lambda: not queue.queued("slipstream-demo-actors"), 60, "its actors are taken back")
     assert "error: " in (folder / "broker.log").read_text()
+
+
+def test_a_cancelled_run_is_resumed(cluster: Cluster, shared: Path, program):
+    steps = 60
+    recipe = write_recipe(shared, steps=steps)
+    folder = send(recipe, program, actors=1)
+    wait_until(lambda: step_of(folder) > 0, 60, "the run goes")
+    state = read_state(folder)
+    queue.cancel(map(str, [state.head, *state.arrays]))
+    wait_until(
+        lambda: not queue.queued("slipstream-demo") + queue.queued("slipstream-demo-actors"),
+        60,
+        "all is gone",
+    )
+    saved = step_of(folder)
+    assert final(folder) is None, "cancelled is not ended"
+    send(recipe, program, resume=True, actors=2)
+    assert read_state(folder).head != state.head
+    assert_whole(folder, steps)
+    assert saved < steps
