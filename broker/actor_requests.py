@@ -16,6 +16,7 @@ from broker.checks import check_group
 from broker.ending import Ending
 from broker.group import Facts, Group
 from broker.members import Peer
+from broker.meters import Profile
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
 from broker.store import Entry
@@ -33,6 +34,7 @@ from common.messages import (
 
 ENDING_HOLD_S = 0.5
 RECEIVE_BUFFER = 8192
+BYTES_PER_TOKEN = 8  # int32 id, float32 log-probability
 
 
 class Waiting(NamedTuple):
@@ -191,7 +193,8 @@ class ActorRequests:
         if header.actor != peer.name:
             raise MalformedMessage(f"published as {header.actor} by {peer.name}")
         check_group(header, payload, state.limits)
-        outcome = state.ledger.publish(_facts(header))
+        profile = Profile.of(header)
+        outcome = state.ledger.publish(_facts(header, profile))
         if outcome.status == "unknown":
             self._outbox.refuse(origin, "conflict", outcome.reason or "")
             return
@@ -199,23 +202,21 @@ class ActorRequests:
             self._outbox.refuse(origin, "not_now", outcome.reason or "")
             return
         if outcome.status == "accepted":
-            state.store.put(header.group, Entry(bytes(frames[0]), [_compact(part) for part in payload]))
+            buffers = [_compact(part) for part in payload]
+            state.store.put(header.group, Entry(bytes(frames[0]), buffers, profile))
         if outcome.status != "duplicate":
-            self._measure(peer, header, payload, outcome.status, now)
+            self._measure(peer, profile.lengths, outcome.status, now)
         self._outbox.reply(origin, Ack(status=outcome.status, reason=outcome.reason), durable=True)
 
-    def _measure(
-        self, peer: Peer, header: GroupHeader, payload: Sequence[memoryview], status: str, now: float
-    ) -> None:
-        lengths = [response.tokens for response in header.responses]
-        meters = self._state.meters
+    def _measure(self, peer: Peer, lengths: Sequence[int], status: str, now: float) -> None:
+        meters, tokens = self._state.meters, sum(lengths)
         meters.lengths["sampled"].add(lengths)
         if status in ("filtered", "expired"):
             meters.lengths[status].add(lengths)
-        meters.bytes_in += sum(len(part) for part in payload)
+        meters.bytes_in += BYTES_PER_TOKEN * tokens
         peer.groups += 1
-        peer.tokens += sum(lengths)
-        peer.token_rate.add(sum(lengths), now)
+        peer.tokens += tokens
+        peer.token_rate.add(tokens, now)
 
     def release(self, origin: Origin, peer: Peer, message: Release, now: float) -> None:
         """Take leases back."""
@@ -250,16 +251,16 @@ def _compact(part: memoryview) -> memoryview | bytes:
     return part if len(part) > RECEIVE_BUFFER else bytes(part)
 
 
-def _facts(header: GroupHeader) -> Facts:
+def _facts(header: GroupHeader, profile: Profile) -> Facts:
     rewards = [response.reward for response in header.responses]
     return Facts(
         key=header.group,
         lease=header.lease,
         actor=header.actor,
         era=header.era,
-        oldest=header.min_version,
-        newest=header.max_version,
+        oldest=min(profile.versions),
+        newest=max(profile.versions),
         reward=sum(rewards) / len(rewards),
-        tokens=header.response_tokens,
+        tokens=sum(profile.lengths),
         zero_variance=len(set(rewards)) == 1,
     )

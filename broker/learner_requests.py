@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from broker.batch import batch_frame
 from broker.ending import Ending
 from broker.group import Group, LedgerError, State
 from broker.members import Peer
+from broker.meters import Profile
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
-from broker.store import Buffer
-from common.messages import Ack, Batch, Commit, Fetch, Payloads, Pin, Rewind, Rewound, Serve, Take
+from broker.store import Buffer, Entry
+from common.messages import (
+    Ack,
+    Batch,
+    Commit,
+    Fetch,
+    GroupHeader,
+    Payloads,
+    Pin,
+    Rewind,
+    Rewound,
+    Serve,
+    Take,
+)
 
 
 class WaitingTake(NamedTuple):
@@ -118,7 +132,7 @@ class LearnerRequests:
         if groups is None:
             return False
         self._starved_since = None
-        self._outbox.reply_plain(origin, "batch", self._batch(step, groups), durable=True)
+        self._outbox.reply_packed(origin, self._batch(origin.request, step, groups), durable=True)
         return True
 
     def _expired(self, count: int) -> None:
@@ -127,23 +141,19 @@ class LearnerRequests:
             f"{count} groups were too stale for step {state.ledger.next_step} and expired", warning=True
         )
 
-    def _batch(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
-        sent = [group for group in groups if group.state != State.FILTERED]
-        filtered = [group for group in groups if group.state == State.FILTERED]
-        return {
-            "step": step,
-            "ready": True,
-            "groups": [self._header(group) for group in sent],
-            "scheduled": len(groups),
-            "filtered": len(filtered),
-            "filtered_rewards": [group.reward for group in filtered],
-            "reason": None,
-        }
+    def _batch(self, request: int, step: int, groups: Sequence[Group]) -> bytes:
+        headers = [self._entry(group).packed_header for group in groups if group.state != State.FILTERED]
+        rewards = [group.reward for group in groups if group.state == State.FILTERED]
+        return batch_frame(request, step, headers, len(groups), rewards)
 
-    def _header(self, group: Group) -> dict[str, Any]:
+    def _entry(self, group: Group) -> Entry:
         entry = self._state.store.get(group.key)
         assert entry is not None, f"group {group.key} is taken and not in the store"
-        return entry.header
+        return entry
+
+    def _profile(self, group: Group) -> Profile:
+        entry = self._entry(group)
+        return entry.profile or Profile.of(GroupHeader.model_validate(entry.header))
 
     def _waits_for(self, now: float) -> str:
         state = self._state
@@ -175,7 +185,7 @@ class LearnerRequests:
         trained = [g for g in state.ledger.taken.get(message.step, ()) if g.state == State.TAKEN]
         groups = state.ledger.commit(message.step, message.version)
         if groups:
-            state.meters.trained(message.step, [self._header(group) for group in trained])
+            state.meters.trained(message.step, [self._profile(group) for group in trained])
             state.store.consumed([group.key for group in trained])
             self._committed = now
             self._log_step(message, groups)

@@ -10,10 +10,28 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from common.messages import GroupHeader
 
 EDGES = tuple(round(2 ** (k / 2)) for k in range(2, 41))  # 2 ... 1,048,576 tokens, two buckets per octave
 FATES = ("sampled", "trained", "filtered", "expired")
+
+
+class Profile(NamedTuple):
+    """What the meters need of a group: `lengths` of its responses, and its tokens by policy version."""
+
+    lengths: tuple[int, ...]
+    versions: dict[int, int]
+
+    @classmethod
+    def of(cls, header: GroupHeader) -> Profile:
+        """The profile of a published group."""
+        versions: dict[int, int] = {}
+        for response in header.responses:
+            for version, tokens in response.versions:
+                versions[version] = versions.get(version, 0) + tokens
+        return cls(tuple(response.tokens for response in header.responses), versions)
 
 
 class Lengths:
@@ -66,14 +84,13 @@ class Meters:
         self.last_staleness: Counter[int] = Counter()
         self.bytes_in = self.bytes_out = self.messages_in = self.bad_messages = 0
 
-    def trained(self, step: int, headers: Iterable[Mapping[str, Any]]) -> None:
-        """Count the groups of a committed step; headers as plain maps (see `GroupHeader`)."""
+    def trained(self, step: int, profiles: Iterable[Profile]) -> None:
+        """Count the groups of a committed step."""
         self.last_staleness = Counter()
-        for header in headers:
-            self.lengths["trained"].add(response["tokens"] for response in header["responses"])
-            for response in header["responses"]:
-                for version, tokens in response["versions"]:
-                    self.last_staleness[step - version] += tokens
+        for profile in profiles:
+            self.lengths["trained"].add(profile.lengths)
+            for version, tokens in profile.versions.items():
+                self.last_staleness[step - version] += tokens
         self.staleness.update(self.last_staleness)
 
     def staleness_view(self) -> dict[str, Any]:

@@ -46,7 +46,12 @@ class Outbox:
         self, origin: Origin, kind: str, body: Mapping[str, Any], *, durable: bool = False
     ) -> None:
         """Answer with a body of plain values that were validated when they came in (no second validation)."""
-        header = msgpack.packb([PROTOCOL, kind, origin.request, body], use_bin_type=True)
+        self.reply_packed(
+            origin, msgpack.packb([PROTOCOL, kind, origin.request, body], use_bin_type=True), durable=durable
+        )
+
+    def reply_packed(self, origin: Origin, header: bytes, *, durable: bool = False) -> None:
+        """Answer with a header frame that is made already."""
         self._replies.append(Outgoing(origin, [header], durable))
 
     def refuse(self, origin: Origin, code: Any, reason: str) -> None:

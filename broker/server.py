@@ -28,6 +28,7 @@ ROUND_BYTES = 32 << 20
 IDLE_MS = 20
 TICK_S = 0.25
 RETRY_FULL_S = 1.0
+ZERO_COPY_BYTES = 65536  # below it a copy costs less than the book-keeping that saves it
 
 
 def open_socket(context: zmq.Context, max_message_mb: int) -> Any:
@@ -124,9 +125,11 @@ class Server:
             log.warning("the disk has space again: intake goes on")
 
     def _send(self, reply: Outgoing) -> None:
+        parts = [reply.origin.connection, *reply.frames]
+        last = len(parts) - 1
         try:
-            self._socket.send_multipart(
-                [reply.origin.connection, *reply.frames], flags=zmq.NOBLOCK, copy=False
-            )
+            for number, part in enumerate(parts):
+                more = zmq.SNDMORE if number < last else 0
+                self._socket.send(part, zmq.NOBLOCK | more, copy=len(part) < ZERO_COPY_BYTES)
         except zmq.ZMQError as error:  # gone, or not reading: it will ask again
             log.debug("a reply was dropped: %s", error)

@@ -12,24 +12,39 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 
 from broker.ledger import Ledger
+from broker.meters import Profile
 from common.messages import GroupId
 
 Buffer = bytes | memoryview
 
 
 class Entry(NamedTuple):
-    """A group as it was published: the frame of its `Publish` message, and its three payload buffers.
+    """A group as it was published: the frame of its `Publish` message, its three payload buffers, its profile.
 
     The frame is kept as it came: nothing is packed again for each group.
     """
 
     frame: bytes
     payload: Sequence[Buffer]
+    profile: Profile | None = None
 
     @property
     def header(self) -> dict[str, Any]:
         """The group's header as a plain map (see `messages.GroupHeader`)."""
         return msgpack.unpackb(self.frame, raw=False)[3]["header"]
+
+    @property
+    def packed_header(self) -> bytes:
+        """The header as msgpack, cut out of the frame."""
+        unpacker = msgpack.Unpacker(max_buffer_size=len(self.frame), read_size=len(self.frame))
+        unpacker.feed(self.frame)
+        unpacker.read_array_header()
+        for _ in range(3):
+            unpacker.skip()
+        if unpacker.read_map_header() != 1:  # a key given twice: only what was validated may go on
+            return msgpack.packb(self.header)
+        unpacker.skip()
+        return self.frame[unpacker.tell() :]
 
 
 class StoreFull(Exception):  # noqa: N818 - a state of the disk, not a defect
