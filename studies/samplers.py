@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from common.tasks.templates import Template
@@ -146,9 +145,17 @@ def _received(choice: Any, template: Template) -> Response:
     return Response(text, 0, finished)
 
 
-@lru_cache(maxsize=1)
+_running: dict[str, EngineSampler] = {}
+
+
 def _engine(model: str) -> EngineSampler:
-    return EngineSampler(model)
+    """The engine of a model; the one before is ended first, since two do not fit on a GPU."""
+    if model not in _running:
+        for other in _running.values():
+            other.close()
+        _running.clear()
+        _running[model] = EngineSampler(model)
+    return _running[model]
 
 
 class EngineSampler:
