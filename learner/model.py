@@ -111,6 +111,8 @@ def load_reference(recipe: Recipe, device: torch.device) -> PolicyModel:
 
 def bytes_of_checkpoint(policy: nn.Module) -> int:
     """Disk that one checkpoint takes: weights, float32 master weights, two Adam moments, and the export."""
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    everything = sum(p.numel() * p.element_size() for p in policy.parameters())
+    # Under ZeRO-3 a parameter is empty here and says its whole size as `ds_numel`.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in policy.parameters()]
+    trained = sum(size for size, p in sizes if p.requires_grad)
+    everything = sum(size * p.element_size() for size, p in sizes)
     return 16 * trained + 2 * everything
