@@ -19,7 +19,7 @@ from broker.members import Peer
 from broker.meters import Profile
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
-from broker.store import Entry
+from broker.store import Buffer, Entry
 from common.messages import (
     Ack,
     EvalJob,
@@ -186,14 +186,14 @@ class ActorRequests:
     # --- groups ----------------------------------------------------------------------------------------------
 
     def publish(
-        self, origin: Origin, peer: Peer, message: Publish, frames: Sequence[memoryview], now: float
+        self, origin: Origin, peer: Peer, message: Publish, frames: Sequence[Buffer], now: float
     ) -> None:
         """Check a group, put it into ledger and store, acknowledge once both are saved."""
         header, payload, state = message.header, frames[1:], self._state
         if header.actor != peer.name:
             raise MalformedMessage(f"published as {header.actor} by {peer.name}")
-        check_group(header, payload, state.limits)
         profile = Profile.of(header)
+        check_group(header, profile, payload, state.limits)
         outcome = state.ledger.publish(_facts(header, profile))
         if outcome.status == "unknown":
             self._outbox.refuse(origin, "conflict", outcome.reason or "")
@@ -206,7 +206,8 @@ class ActorRequests:
             state.store.put(header.group, Entry(bytes(frames[0]), buffers, profile))
         if outcome.status != "duplicate":
             self._measure(peer, profile.lengths, outcome.status, now)
-        self._outbox.reply(origin, Ack(status=outcome.status, reason=outcome.reason), durable=True)
+        ack = {"status": outcome.status, "reason": outcome.reason}
+        self._outbox.reply_plain(origin, "ack", ack, durable=True)
 
     def _measure(self, peer: Peer, lengths: Sequence[int], status: str, now: float) -> None:
         meters, tokens = self._state.meters, sum(lengths)
@@ -246,8 +247,8 @@ class ActorRequests:
         self._outbox.reply(origin, Ack(status="accepted"), durable=True)
 
 
-def _compact(part: memoryview) -> memoryview | bytes:
-    """Small frames share a receive buffer of 8 KiB, which a view would keep alive: copy them out."""
+def _compact(part: Buffer) -> Buffer:
+    """Small frames share a receive buffer of 8 KiB, which they would keep alive: copy them out."""
     return part if len(part) > RECEIVE_BUFFER else bytes(part)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from broker.meters import Profile
+from broker.store import Buffer
 from common.messages import GroupHeader, MalformedMessage
 from common.recipe.schema import Recipe
 
@@ -69,38 +71,39 @@ def _cached_config(model: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def check_group(header: GroupHeader, payload: Sequence[memoryview], limits: Limits) -> None:
+def check_group(header: GroupHeader, profile: Profile, payload: Sequence[Buffer], limits: Limits) -> None:
     """Raise `MalformedMessage` unless the group is whole and its payload is what the header says.
 
     Args:
         header: validated against its schema already.
+        profile: of that header.
         payload: prompt ids int32 [P], response ids int32 [sum T], log-probabilities float32 [sum T].
         limits: bounds of the recipe.
     """
-    if len(header.responses) != limits.group_size:
-        raise MalformedMessage(f"{len(header.responses)} responses; a group has {limits.group_size}")
-    longest = max(response.tokens for response in header.responses)
-    if longest > limits.max_tokens:
-        raise MalformedMessage(f"a response of {longest} tokens; rollout.max_tokens is {limits.max_tokens}")
-    if header.prompt_tokens > limits.max_prompt_tokens:
+    lengths, prompt = profile.lengths, header.prompt_tokens
+    if len(lengths) != limits.group_size:
+        raise MalformedMessage(f"{len(lengths)} responses; a group has {limits.group_size}")
+    if max(lengths) > limits.max_tokens:
         raise MalformedMessage(
-            f"a prompt of {header.prompt_tokens} tokens; the context has {limits.max_prompt_tokens}"
+            f"a response of {max(lengths)} tokens; rollout.max_tokens is {limits.max_tokens}"
         )
-    sizes = tuple(len(part) for part in payload)
-    if sizes != header.payload_sizes:
-        raise MalformedMessage(f"payload of {sizes} bytes; the header announces {header.payload_sizes}")
+    if prompt > limits.max_prompt_tokens:
+        raise MalformedMessage(f"a prompt of {prompt} tokens; the context has {limits.max_prompt_tokens}")
+    sizes, tokens = [len(part) for part in payload], sum(lengths)
+    if sizes != [4 * prompt, 4 * tokens, 4 * tokens]:
+        raise MalformedMessage(f"payload of {sizes} bytes; the header announces {list(header.payload_sizes)}")
     _check_ids(payload[0], limits.vocabulary, "prompt")
     _check_ids(payload[1], limits.vocabulary, "response")
     _check_logprobs(payload[2])
 
 
-def _check_ids(buffer: memoryview, vocabulary: int, what: str) -> None:
+def _check_ids(buffer: Buffer, vocabulary: int, what: str) -> None:
     ids = np.frombuffer(buffer, dtype="<u4")  # a negative int32 reads as a huge uint32: one comparison does
     if ids.max() >= vocabulary:
         raise MalformedMessage(f"a {what} token id is outside the vocabulary of {vocabulary}")
 
 
-def _check_logprobs(buffer: memoryview) -> None:
+def _check_logprobs(buffer: Buffer) -> None:
     values = np.frombuffer(buffer, dtype="<f4")
     highest, lowest = values.max(), values.min()  # a NaN anywhere makes both NaN
     if not (np.isfinite(lowest) and highest <= LOGPROB_SLACK):

@@ -17,7 +17,7 @@ import zmq
 from broker.metrics_page import MetricsPage
 from broker.outbox import Outgoing
 from broker.service import Service
-from broker.store import StoreFull
+from broker.store import Buffer, StoreFull
 from common.systemd import Watchdog
 
 log = logging.getLogger("slipstream.broker")
@@ -28,6 +28,7 @@ ROUND_BYTES = 32 << 20
 IDLE_MS = 20
 TICK_S = 0.25
 RETRY_FULL_S = 1.0
+LAST, MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 ZERO_COPY_BYTES = 65536  # below it a copy costs less than the book-keeping that saves it
 
 
@@ -85,9 +86,8 @@ class Server:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            buffers = [frame.buffer for frame in frames]
-            size += sum(len(buffer) for buffer in buffers)
-            self._service.receive(bytes(buffers[0]), buffers[1:], now)
+            size += sum(len(frame) for frame in frames)
+            self._service.receive(bytes(frames[0]), frames[1:], now)
             if size > ROUND_BYTES:
                 return
 
@@ -125,11 +125,15 @@ class Server:
             log.warning("the disk has space again: intake goes on")
 
     def _send(self, reply: Outgoing) -> None:
-        parts = [reply.origin.connection, *reply.frames]
-        last = len(parts) - 1
+        send = self._socket.send
         try:
-            for number, part in enumerate(parts):
-                more = zmq.SNDMORE if number < last else 0
-                self._socket.send(part, zmq.NOBLOCK | more, copy=len(part) < ZERO_COPY_BYTES)
+            send(reply.origin.connection, MORE)
+            for part in reply.frames[:-1]:
+                send(part, MORE, copy=_copied(part))
+            send(reply.frames[-1], LAST, copy=_copied(reply.frames[-1]))
         except zmq.ZMQError as error:  # gone, or not reading: it will ask again
             log.debug("a reply was dropped: %s", error)
+
+
+def _copied(part: Buffer) -> bool:
+    return not isinstance(part, zmq.Frame) and len(part) < ZERO_COPY_BYTES

@@ -23,6 +23,7 @@ from broker.members import LEFT, MAX_PEERS, Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
 from broker.status import group_view, snapshot
+from broker.store import Buffer
 from common.messages import (
     Ack,
     Goodbye,
@@ -78,11 +79,11 @@ class Service:
 
     # --- what the loop calls --------------------------------------------------------------------------------
 
-    def receive(self, connection: bytes, frames: Sequence[memoryview], now: float) -> None:
+    def receive(self, connection: bytes, frames: Sequence[Buffer], now: float) -> None:
         """Take in one message: `frames` are the header and the payload."""
         self.state.meters.messages_in += 1
         try:
-            message, request = decode(frames[0]) if frames else _no_header()
+            message, request = decode(bytes(frames[0])) if frames else _no_header()
         except MalformedMessage as error:
             self._bad(Origin(connection, _request_number(frames)), str(error))
             return
@@ -138,7 +139,7 @@ class Service:
 
     # --- routing -------------------------------------------------------------------------------------------
 
-    def _answer(self, origin: Origin, message: Message, frames: Sequence[memoryview], now: float) -> None:
+    def _answer(self, origin: Origin, message: Message, frames: Sequence[Buffer], now: float) -> None:
         if len(frames) > 1 and message.kind != "publish":
             raise MalformedMessage("it has no payload")
         if isinstance(message, Hello):
@@ -304,7 +305,7 @@ def _no_header() -> Any:
     raise MalformedMessage("a message without a header")
 
 
-def _request_number(frames: Sequence[memoryview]) -> int:
+def _request_number(frames: Sequence[Buffer]) -> int:
     """The request number of a message that is otherwise malformed, so that its sender learns why; else 0."""
     try:
         outer = msgpack.unpackb(bytes(frames[0]), raw=False)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgpack
+import zmq
 
 from broker.ledger import Ledger
 from broker.meters import Profile
 from common.messages import GroupId
 
-Buffer = bytes | memoryview
+Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy
 
 
 class Entry(NamedTuple):
