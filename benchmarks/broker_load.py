@@ -10,7 +10,8 @@ import itertools
 import os
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -22,6 +23,25 @@ HIGH_WATER_MARK = 64
 HEARTBEAT_S = 2.0
 LEASE_WAIT_S = 0.02
 SOFTWARE = "0.1.0"
+
+
+class Clock(NamedTuple):
+    """Seconds on the wall, and of CPU (user and system, all threads) that the server has spent."""
+
+    wall: float
+    cpu: float
+
+
+class Rate(NamedTuple):
+    """Payload bytes per second of wall time, and per CPU second of the server."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def of(cls, size: int, start: Clock, end: Clock) -> Rate:
+        """The rate of `size` bytes between two readings."""
+        return cls(size / (end.wall - start.wall), size / max(1e-2, end.cpu - start.cpu))
 
 
 def payload_of(samples: int, tokens: int) -> list[bytes]:
@@ -225,8 +245,10 @@ def relay(front: str, back: str, core: int) -> None:
         outgoing.send_multipart(frames[1:], copy=False)
 
 
-def relay_load(front: str, back: str, frames: list[bytes], *, groups: int, warm: int) -> float:
-    """Payload bytes per second of the relay, after `warm` groups."""
+def relay_load(
+    front: str, back: str, frames: list[bytes], *, groups: int, warm: int, clock: Callable[[], Clock]
+) -> Rate:
+    """Payload through the relay, after `warm` groups."""
     context = zmq.Context.instance()
     sender, receiver = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
     for socket, address in ((sender, front), (receiver, back)):
@@ -241,13 +263,13 @@ def relay_load(front: str, back: str, frames: list[bytes], *, groups: int, warm:
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
-    received, started = 0, 0.0
+    received, started = 0, clock()
     for number in range(groups):
         if number == warm:
-            received, started = 0, time.perf_counter()
+            received, started = 0, clock()
         _, *payload = receiver.recv_multipart(copy=False)
         received += sum(len(part.buffer) for part in payload)
-    rate = received / (time.perf_counter() - started)
+    rate = Rate.of(received, started, clock())
     thread.join()
     sender.close()
     receiver.close()
