@@ -35,12 +35,9 @@ def probe_problems(setting: Setting, count: int) -> list[Problem]:
     return as_problems(held_out(count))
 
 
-def benchmark_problems(setting: Setting, count: int) -> list[Problem]:
-    """The questions on which accuracy is measured: the paper's five benchmarks, or the probe questions."""
-    if setting.full:
-        rows = (row for name in BENCHMARKS for row in load_questions(name))
-        return [Problem(row["problem"], row) for row in rows]
-    return probe_problems(setting, count)
+def benchmark_problems() -> dict[str, list[Problem]]:
+    """The paper's five benchmarks by name."""
+    return {name: [Problem(row["problem"], row) for row in load_questions(name)] for name in BENCHMARKS}
 
 
 def as_problems(questions: Sequence) -> list[Problem]:
@@ -55,22 +52,26 @@ def verdict(response: Response, problem: Problem, template: Template) -> Outcome
     return grade(response.text, problem.row["answer"], template=template.extraction).verdict
 
 
-def answering_rate(
-    sampler: Sampler, problems: Sequence[Problem], template: Template, judge: Judge, tokens: int
-) -> float:
-    """Share of greedy responses that answer the question; what the judge cannot tell does not count."""
+def greedy(sampler: Sampler, problems: Sequence[Problem], template: Template, tokens: int) -> list[Response]:
+    """One greedy response to each question."""
     questions = [problem.text for problem in problems]
     found = sampler.sample(questions, template, samples=1, temperature=0.0, max_tokens=tokens)
-    judged = [
-        judge.answers(template.render(question), responses[0].text)
-        for question, responses in zip(questions, found, strict=True)
-    ]
+    return [responses[0] for responses in found]
+
+
+def answering_rate(
+    judge: Judge, problems: Sequence[Problem], template: Template, responses: Sequence[Response]
+) -> float:
+    """Share of responses that answer their question; one that the judge cannot tell does not count."""
+    pairs = zip(problems, responses, strict=True)
+    judged = [judge.answers(template.render(problem.text), response.text) for problem, response in pairs]
     return sum(answer is True for answer in judged) / len(judged)
 
 
 def best_template(sampler: Sampler, problems: Sequence[Problem], judge: Judge, tokens: int) -> str:
     """The candidate with the highest Answering Rate; without a template where that is as good."""
-    rates = {
-        name: answering_rate(sampler, problems, get_template(name), judge, tokens) for name in CANDIDATES
-    }
+    rates = {}
+    for name in CANDIDATES:
+        template = get_template(name)
+        rates[name] = answering_rate(judge, problems, template, greedy(sampler, problems, template, tokens))
     return max(CANDIDATES, key=lambda name: rates[name])

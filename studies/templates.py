@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from common.tasks.templates import get_template
+from common.tasks.templates import Template, get_template
 from common.verifier import Outcome
 from studies.figures import grid
 from studies.judges import judge_of
-from studies.probing import answering_rate, benchmark_problems, max_tokens, probe_problems, verdict
-from studies.samplers import sampler_of
+from studies.probing import answering_rate, benchmark_problems, greedy, max_tokens, probe_problems, verdict
+from studies.samplers import Response, sampler_of
 from studies.study import Budget, Setting, Study, Table, Unit
+from studies.training import Problem
 from studies.verdict import Expectation, Row, mean, per_seed
 
 if TYPE_CHECKING:
@@ -112,23 +113,26 @@ class Templates(Study):
         model, seed = unit.arguments["model"], unit.arguments["seed"]
         sampler = sampler_of(model, seed, setting)
         judge, tokens, count = judge_of(setting), max_tokens(setting), _QUESTIONS[setting.budget]
-        asked, probed = benchmark_problems(setting, count), probe_problems(setting, count)
+        probed = probe_problems(setting, count)
+        benchmarks = benchmark_problems() if setting.full else {}
         rows: list[Row] = []
         for name in TEMPLATES:
             template = get_template(name)
-            found = sampler.sample(
-                [p.text for p in asked], template, samples=1, temperature=0.0, max_tokens=tokens
-            )
-            verdicts = [verdict(r[0], p, template) for r, p in zip(found, asked, strict=True)]
+            answers = greedy(sampler, probed, template, tokens)
+            sets = {
+                of: _accuracy(problems, greedy(sampler, problems, template, tokens), template)
+                for of, problems in benchmarks.items()
+            } or {"probe": _accuracy(probed, answers, template)}
             rows.append(
                 {
                     "model": model,
                     "seed": seed,
                     "template": name,
-                    "accuracy": sum(v is Outcome.CORRECT for v in verdicts) / len(verdicts),
-                    "answering": answering_rate(sampler, probed, template, judge, tokens),
-                    "truncated": sum(not r[0].finished for r in found) / len(found),
-                    "example": found[0][0].text[:200],
+                    "accuracy": mean(list(sets.values())),  # unweighted over benchmarks, as in the paper
+                    "sets": sets,
+                    "answering": answering_rate(judge, probed, template, answers),
+                    "truncated": sum(not response.finished for response in answers) / len(answers),
+                    "example": answers[0].text[:200],
                 }
             )
         return rows
@@ -156,3 +160,8 @@ class Templates(Study):
             axis.set(title=title, xticks=[place + 0.3 for place in range(len(models))], ylim=(0, 1.05))
             axis.set_xticklabels(models)
         axis.legend(frameon=False, fontsize="small", title="template")
+
+
+def _accuracy(problems: Sequence[Problem], responses: Sequence[Response], template: Template) -> float:
+    pairs = zip(responses, problems, strict=True)
+    return mean([float(verdict(*pair, template) is Outcome.CORRECT) for pair in pairs])

@@ -96,3 +96,14 @@ def test_expectations_fail_on_rows_without_a_bias() -> None:
     assert outcomes["reward at the end, |GRPO - Dr. GRPO|"] is Outcome.CONFIRMED
     about_length = [outcome for claim, outcome in outcomes.items() if claim.startswith("length")]
     assert about_length == [Outcome.NOT_CONFIRMED] * 3
+
+
+@pytest.mark.nightly  # two processes import torch
+def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    rows = []
+    for jobs in (1, 2):
+        where = setting(tmp_path / str(jobs), seeds=1)
+        run_study(LengthBias(), where, jobs=jobs)
+        lines = (where.out / "rows.jsonl").read_text().splitlines()
+        rows.append(sorted(line for line in lines if "_unit_seconds" not in line))
+    assert rows[0] == rows[1]
