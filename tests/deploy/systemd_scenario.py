@@ -62,13 +62,18 @@ def running(pids: list[int]) -> list[int]:
 
 
 def states(units: tuple[str, ...] = WORKERS) -> dict[str, str]:
-    """State of each worker's unit."""
-    return {unit: show(unit, "ActiveState") for unit in units}
+    """State of each worker's unit, and of one that failed the reason."""
+    found = {unit: show(unit, "ActiveState") for unit in units}
+    reasons = ("Result", "ExecMainCode", "ExecMainStatus")
+    return {
+        unit: state if state != "failed" else " ".join([state, *(show(unit, reason) for reason in reasons)])
+        for unit, state in found.items()
+    }
 
 
 def main(folder: Path, units: Path) -> dict[str, object]:
     """Play it; returns what was seen."""
-    install(units, "WatchdogSec=2\nRestartSec=100ms\n", "slipstream-actor@")
+    install(units, "WatchdogSec=6\nRestartSec=100ms\n", "slipstream-actor@")
     systemctl("start", "slipstream.target")
     wait(lambda: set(states().values()) == {"active"})
     facts: dict[str, object] = {"started": states()}
