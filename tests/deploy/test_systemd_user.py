@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm  # about a minute; `make test-slurm` runs what st
 
 HERE = Path(__file__).parent
 PROGRAM = HERE.parent / "slurm" / "program.py"
-STEPS = 400
+STEPS = 250
 
 
 def can_run_a_manager() -> bool:
