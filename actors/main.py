@@ -15,6 +15,7 @@ finished, handed back, or taken back by the broker.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -116,6 +117,8 @@ async def _live(engine: Engine, recipe: Recipe, join: str, name: str, keys: Path
         await engine.warm_up()
         welcome = await wire.connect(None)
         actor = Actor(engine, recipe, wire, name, welcome)
+        gc.collect()
+        gc.freeze()  # a million objects of the imports, which every full collection would walk through
         way = await actor.live()
         _exit_within(EXIT_S[way])
         return 0

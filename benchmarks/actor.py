@@ -2,10 +2,11 @@
 
     python -m benchmarks.actor [--model models/minimath-base] [--questions 512] [--repeats 3]
 
-The reference is vLLM's offline `LLM.generate` on a list of all prompts, its engine in the same process, which is
-the cheapest way to run vLLM; once as a user writes it (text and log-probabilities as vLLM gives them by default)
-and once with the actor's own lean options (no incremental text, flat log-probabilities). The actor is the real
-process: it leases from a real broker in this process, samples, verifies, publishes, waits for the answers.
+The reference is vLLM's offline `LLM.generate` on a list of all prompts: `bare` as a user writes it, with vLLM's
+defaults (engine in a process of its own, text and log-probabilities of every token as Python objects); `lean` is
+the least that vLLM can be made to do (engine in the same process, no incremental text, flat log-probabilities).
+The actor is the real process: it leases from a real broker in this process, samples, verifies, publishes, waits
+for the answers; what it does beyond `lean` includes moving every token's log-probability between two processes.
 
 Each side is a process of its own on one core; the broker is on another. Figures are generated tokens per second
 of processor time of all processes of a side, which on a core of their own is tokens per second; wall-clock
@@ -101,7 +102,7 @@ def _measure_reference(options: argparse.Namespace, side: str) -> Figure:
         arguments,
         stdout=subprocess.PIPE,
         check=True,
-        env=_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env=_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(side == "bare"))},
         preexec_fn=_use_first_core,
     )
     return Figure(*json.loads(out.stdout.splitlines()[-1]))

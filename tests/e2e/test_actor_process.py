@@ -59,7 +59,7 @@ def test_publishes_what_was_sampled_through_an_outage_and_leaves_in_order(world,
     actor.process.terminate()
     assert actor.wait(30) == 0
     assert broker.received["goodbye"][-1].reason == "leaving"
-    assert not alive(family)
+    until(lambda: not alive(family), seconds=10)
 
 
 def check_group(header, payload, policy: Path) -> None:
@@ -131,7 +131,7 @@ def test_second_signal_ends_a_drain_and_reaches_the_engine(world):
     until(lambda: any(beat.state == "draining" for beat in broker.received["heartbeat"]), actor)
     os.killpg(actor.process.pid, signal.SIGTERM)
     assert actor.wait(5) == 0
-    assert not alive(family)
+    until(lambda: not alive(family), seconds=10)
     assert broker.received["goodbye"][-1].reason == "leaving"
 
 
@@ -149,4 +149,4 @@ def test_a_dead_engine_hands_back_the_leases_and_asks_for_a_restart(world):
     os.kill(engine, signal.SIGKILL)
     assert actor.wait(30) == EXIT_RESTART
     assert broker.received["goodbye"][-1].reason == "leaving"
-    assert not alive(family)
+    until(lambda: not alive(family), seconds=10)
