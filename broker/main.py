@@ -64,6 +64,7 @@ def serve(
     stop = stop_event or _stop_on_signals()
     questions = load_training_set(recipe)
     held_out = load_held_out(recipe) if replay is None else []
+    check_questions(recipe, len(questions))
     claim = Claim(run_folder, resume=resume)
     context = zmq.Context()
     page = MetricsPage(recipe.broker.metrics_port)
@@ -162,6 +163,25 @@ def check_bind(recipe: Recipe) -> None:
             f"broker.bind = '{host}' can be reached by others and needs CURVE keys: make some with "
             "`slipstream keys init FOLDER`.",
             setting="broker.keys",
+        )
+
+
+def check_questions(recipe: Recipe, questions: int) -> None:
+    """Refuse a set that cannot fill one step; say so when it cannot fill all of them."""
+    steps = questions * recipe.data.max_epochs // recipe.batch.questions_per_step
+    if steps == 0:
+        raise UserError(
+            f"{questions} questions x data.max_epochs = {recipe.data.max_epochs} do not fill one step of "
+            f"batch.questions_per_step = {recipe.batch.questions_per_step}.",
+            setting="data.train",
+        )
+    if steps < recipe.run.steps:
+        log.warning(
+            "%d questions x data.max_epochs = %d are enough for %d of run.steps = %d",
+            questions,
+            recipe.data.max_epochs,
+            steps,
+            recipe.run.steps,
         )
 
 

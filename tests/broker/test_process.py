@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.main import check_bind, serve
+from broker.main import check_bind, check_questions, serve
 from common.errors import UserError
 from common.keys import make_keys
 from common.messages import Hello, StatusQuery, Stop
@@ -67,6 +67,18 @@ def test_a_port_in_use_is_named(tmp_path: Path, setting: str) -> None:
         recipe = scripted_recipe(tmp_path, broker={setting: taken.getsockname()[1]})
         with pytest.raises(UserError, match=rf"^broker\.{setting}: port \d+ is in use"):
             serve(recipe, run_folder=recipe.folder, stop_event=threading.Event())
+
+
+def test_questions_that_fill_no_step_are_refused_and_too_few_are_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = scripted_recipe(tmp_path, batch={"questions_per_step": 41})
+    with pytest.raises(
+        UserError, match=r"^data\.train: 40 questions x data\.max_epochs = 1 do not fill one step"
+    ):
+        serve(recipe, run_folder=recipe.folder, stop_event=threading.Event())
+    check_questions(scripted_recipe(tmp_path, run={"steps": 11}), 40)
+    assert "enough for 10 of run.steps = 11" in caplog.text
 
 
 def test_one_broker_per_folder_and_one_run(tmp_path: Path) -> None:
