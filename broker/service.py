@@ -9,6 +9,7 @@ The loop calls `receive` for each message, then `settle` once, saves the store, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,6 +40,8 @@ from common.messages import (
     Welcome,
     decode,
 )
+
+log = logging.getLogger("slipstream.broker")
 
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
@@ -94,6 +97,12 @@ class Service:
             self._bad(origin, f"{message.kind}: {error}")
         except LedgerError as error:
             self.outbox.refuse(origin, error.code, str(error))
+        except (
+            Exception
+        ) as error:  # our own defect: it may cost its sender an answer, but not the run its broker
+            log.exception("a %s could not be answered", message.kind)
+            self.state.event(f"defect: a {message.kind} could not be answered: {error!r}", warning=True)
+            self.outbox.refuse(origin, "internal", f"{type(error).__name__}: {error}")
 
     def settle(self, now: float) -> None:
         """Answer waiting requests whose time or turn has come. Steps first: they make room for leases."""
@@ -116,10 +125,6 @@ class Service:
         if absent > ABSENT_S:
             self.state.members.excuse(absent)
             self.state.ledger.excuse(absent)
-
-    def leave(self, reason: str, now: float) -> None:
-        """The broker was told to stop (signal): end the run in order."""
-        self.ending.begin(reason, now, asked=True)
 
     def _finish(self, now: float) -> None:
         state = self.state

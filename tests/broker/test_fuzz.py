@@ -313,3 +313,17 @@ def test_a_broker_that_stood_still_blames_nobody(tmp_path: Path) -> None:
         service.tick(float(now))
     assert not service.state.members.alive("actor"), "but now it is silent"
     assert service.state.ledger.counts()["in_flight"] == 0
+
+
+def test_a_defect_of_ours_is_told_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = new_service(tmp_path)
+    actor = join(service, "actor")
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setitem(service._handlers, "release", broken)
+    reply = say(service, actor, Release(groups=[], reason="why"))
+    assert (reply.code, "a defect" in reply.reason) == ("internal", True)
+    assert "defect" in service.state.events[-1]["text"]
+    goes_on(service)
