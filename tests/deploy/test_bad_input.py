@@ -147,11 +147,13 @@ def test_check_prints_the_plan(recipe: Path) -> None:
     assert not (recipe.parent / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in (REPOSITORY / "recipes").glob("*.toml") if not p.stem.startswith("pretrain")),
-    ids=lambda p: p.stem,
-)
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.toml"))
+PRETRAINING = [
+    path for path in RECIPES if "mixture" in path.read_text() or path.stem.startswith(("pretrain", "zoo"))
+]
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in PRETRAINING], ids=lambda p: p.stem)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     from common.recipe import load_recipe
     from common.tasks.templates import get_template
@@ -159,13 +161,17 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     loaded = load_recipe(path)
     get_template(loaded.data.template)
     if path.stem.startswith(("paper", "fig8", "duet")):
-        assert (loaded.rollout.group_size, loaded.batch.questions_per_step, loaded.batch.optimizer_steps) == (
-            8,
-            128,
-            8,
-        )
+        batch = loaded.batch
+        assert (loaded.rollout.group_size, batch.questions_per_step, batch.optimizer_steps) == (8, 128, 8)
         assert (loaded.learner.lr, loaded.rollout.max_tokens, loaded.algorithm.kl_beta) == (1e-6, 3000, 0.0)
         assert loaded.eval.sets == ("aime", "amc", "math500", "minerva", "olympiad_bench")
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
+def test_every_pretraining_recipe_loads(path: Path) -> None:
+    from learner.pretrain import load_pretrain_recipe
+
+    assert load_pretrain_recipe(path).mixture
 
 
 def test_every_verb_has_help_that_teaches(tmp_path: Path) -> None:
