@@ -108,6 +108,7 @@ def bombard(folder: Path, messages: list[list[bytes]]) -> None:
         service.settle(0.0)
         replies = [decode(reply.frames[0])[0] for reply in service.outbox.empty()]
         assert len(replies) <= 2, "the answer, and one to a request that had waited"
+        assert not any(getattr(reply, "code", "") == "internal" for reply in replies), replies
         if replies and isinstance(replies[0], Refused):
             assert service.state.ledger.meta() == before
             assert replies[0].reason
