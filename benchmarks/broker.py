@@ -61,7 +61,7 @@ def make_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
     rows = [{"problem": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(BUFFERED)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree: dict[str, dict[str, Any]] = {
-        "run": {"name": "run", "root": folder, "steps": 100_000},
+        "run": {"name": "run", "root": folder, "steps": 4000},
         "model": {"path": str(folder / "model")},
         "data": {"train": str(folder / "questions.jsonl"), "max_epochs": 1000},
         "rollout": {"group_size": GROUP},
