@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MODELS = ("qwen-math", "llama")
 TEMPERATURES = tuple(number / 10 for number in range(1, 11))
 K, SAMPLES = 8, 16  # twice as many samples as tries: the unbiased estimator averages over all subsets
-_QUESTIONS = {Budget.SECONDS: 3, Budget.MINIATURE: 40, Budget.FULL: 500}
-_CHOOSING = 40  # questions that choose the template
+_QUESTIONS = {Budget.SECONDS: 3, Budget.MINIATURE: 30, Budget.FULL: 500}
+_CHOOSING = 30  # questions that choose the template
 
 
 def _pass(rows: Sequence[Row], model: str, temperature: float | None = None) -> float:
@@ -44,7 +44,7 @@ class Exploration(Study):
         "something to reward. Qwen2.5-Math explores best."
     )
     miniature = (
-        "40 held-out questions, 16 responses to each at ten temperatures; pass@8 by the unbiased estimator. Each "
+        "30 held-out questions, 16 responses to each at ten temperatures; pass@8 by the unbiased estimator. Each "
         "model under the template under which it answers most."
     )
     expectations = (

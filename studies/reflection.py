@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.tasks.templates import get_template
 from common.verifier import Outcome
+from studies.curves import size
 from studies.figures import band, grid
 from studies.judges import KEYWORDS, Judge, Reflection, judge_of, keywords_in
 from studies.probing import best_template, max_tokens, probe_problems, verdict
@@ -35,6 +36,7 @@ _TEMPERATURES = {
 }
 _QUESTIONS = {Budget.SECONDS: 3, Budget.MINIATURE: 60, Budget.FULL: 500}
 _CHOOSING = 40
+_TOKENS = 96  # of the miniature: a second attempt must fit, or every reflection would end without an answer
 _EXAMPLE = 300  # characters that are kept of a response that reflects
 
 
@@ -136,7 +138,8 @@ class SelfReflection(Study):
 
     def run(self, unit: Unit, setting: Setting) -> list[Row]:
         model, seed = unit.arguments["model"], unit.arguments["seed"]
-        sampler, judge, tokens = sampler_of(model, seed, setting), judge_of(setting), max_tokens(setting)
+        sampler, judge = sampler_of(model, seed, setting), judge_of(setting)
+        tokens = max_tokens(setting) if setting.full else size(setting, _TOKENS, 12)
         problems = probe_problems(setting, _QUESTIONS[setting.budget])
         template = get_template(best_template(sampler, problems[:_CHOOSING], judge, tokens))
         rows: list[Row] = []

@@ -73,7 +73,7 @@ class Run:
     questions: int = 16
     group: int = 8
     max_tokens: int = 48
-    lr: float = 1e-3
+    lr: float = 3e-4
     staleness: int = 0
     eval_every: int = 20
     seed: int = 0
