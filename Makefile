@@ -4,10 +4,10 @@ SHELL := /usr/bin/env bash
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test nightly test-slurm lint format lock bench clean
+.PHONY: help setup demo test nightly test-slurm test-other-vllm lint format lock bench clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: ## Build .venv (GPU build where nvidia-smi finds a GPU, else CPU)
 	@deploy/setup.sh
@@ -25,6 +25,9 @@ nightly: setup ## Run everything, the long tests too
 test-slurm: setup ## Start a real Slurm and a real Prometheus here and test on them; installs them when root
 	@tests/slurm/install.sh
 	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q -m "slurm and not nightly"
+
+test-other-vllm: setup ## Prove the weight push on another vLLM release, in an environment of its own (VLLM=0.28.0)
+	@tests/nightly/other_vllm.sh $(or $(VLLM),0.28.0)
 
 lint: setup ## Style, types of imports, format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -22,6 +22,8 @@ from deploy.launch.layout import Share
 BACKOFF_S = 1.0
 HEALTHY_S = 120.0  # a worker that has lived so long has its restarts back
 FATAL = (EXIT_USER_ERROR, EXIT_RUN_FAILED)
+# torch's C++ side prints a stack for every peer that leaves a rendezvous, which is an everyday event here.
+QUIET = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 @dataclass
@@ -125,7 +127,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **worker.share.environment(), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **QUIET, **worker.share.environment()},
                 start_new_session=True,
                 preexec_fn=prepare,
             )
