@@ -59,10 +59,14 @@ def planted_share(rows: Sequence[Row], model: str) -> float:
 
 
 def accuracy_differences(rows: Sequence[Row]) -> list[float]:
-    """Per question with both kinds: accuracy of responses with a reflection - accuracy of those without."""
+    """Accuracy of responses with a reflection - of those without, for each question that has both.
+
+    At one temperature: both reflections and wrong answers become more frequent as it rises.
+    """
     groups: dict[tuple, dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
     for row in rows:
-        groups[row["model"], row["seed"], row["question"]][row["cross"]].append(float(row["correct"]))
+        key = row["model"], row["seed"], row["temperature"], row["question"]
+        groups[key][row["cross"]].append(float(row["correct"]))
     return [mean(g[True]) - mean(g[False]) for g in groups.values() if g[True] and g[False]]
 
 

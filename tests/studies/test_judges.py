@@ -222,7 +222,7 @@ def test_claims_can_be_refuted() -> None:
     """Reflections that always help, and a control that reflects, refute the claims about them."""
     rows = [*_rows(helps=True), *_rows(helps=True, model="chat"), *_rows(helps=True, model="llama")]
     outcomes = [finding.outcome for finding in SelfReflection().judge(rows).findings]
-    assert accuracy_differences(rows) == [1.0] * 36
+    assert accuracy_differences(rows) == [1.0] * 72
     assert outcomes[0] is Outcome.CONFIRMED  # qwen-math reflects
     assert outcomes[2] is Outcome.NOT_CONFIRMED  # but so does the control
     assert outcomes[5] is Outcome.NOT_CONFIRMED  # and it helps
