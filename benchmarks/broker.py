@@ -120,10 +120,14 @@ def broker_rate(durability: str, steps: int) -> Rate:
 
 
 @contextmanager
-def generating(address: str, learner: Learner, *, actors: int, tokens: int, window: int) -> Iterator[None]:
+def generating(
+    address: str, learner: Learner, *, actors: int, tokens: int, window: int, heartbeat_s: float = 0.02
+) -> Iterator[None]:
     """A fleet of actors at work in another thread."""
     learner.rewind()
-    fleet = ActorFleet(address, actors, GROUP, tokens, learner=learner, window=window)
+    fleet = ActorFleet(
+        address, actors, GROUP, tokens, learner=learner, window=window, heartbeat_s=heartbeat_s
+    )
     thread = threading.Thread(target=fleet.run, daemon=True)
     thread.start()
     try:
@@ -191,14 +195,11 @@ def throughput(steps: int) -> list[dict[str, Any]]:
 def cpu_per_group(count: int, steps: int) -> float:
     """The broker's CPU seconds per group (user and system), from the first to the last step."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = make_recipe(
-            Path(folder),
-            broker={"durability": "memory"},
-            batch={"questions_per_step": 500, "optimizer_steps": 1},
-        )
+        batch = {"questions_per_step": 500, "max_staleness": 15}
+        recipe = make_recipe(Path(folder), broker={"durability": "memory"}, batch=batch)
         with broker(recipe) as (address, process):
             learner = Learner(address)
-            with generating(address, learner, actors=count, tokens=100, window=2000):
+            with generating(address, learner, actors=count, tokens=100, window=8000, heartbeat_s=2.0):
                 learner.train(2)
                 before = _cpu(process)
                 learner.train(steps)

@@ -20,8 +20,7 @@ import zmq
 from common.messages import PROTOCOL
 
 HIGH_WATER_MARK = 64
-HEARTBEAT_S = 2.0
-LEASE_WAIT_S = 0.02
+LEASE_WAIT_S = 1.0
 SOFTWARE = "0.1.0"
 
 
@@ -164,12 +163,21 @@ class ActorFleet:
     Args:
         learner: of the same process; the actors hold its newest policy, as if weights took no time.
         window: groups that the broker admits at one time, shared out among the actors.
+        heartbeat_s: seconds between an actor's heartbeats, which say what policy it holds.
     """
 
     def __init__(
-        self, address: str, count: int, samples: int, tokens: int, *, learner: Learner, window: int
+        self,
+        address: str,
+        count: int,
+        samples: int,
+        tokens: int,
+        *,
+        learner: Learner,
+        window: int,
+        heartbeat_s: float,
     ) -> None:
-        self.shape, self.learner = (samples, tokens), learner
+        self.shape, self.learner, self.heartbeat_s = (samples, tokens), learner, heartbeat_s
         context = zmq.Context()
         context.set(zmq.MAX_SOCKETS, count + 100)
         self.actors = [Connection(address, "actor", f"actor-{i}", context) for i in range(count)]
@@ -190,12 +198,13 @@ class ActorFleet:
             self._lease(actor)
         next_beat = time.monotonic()
         while not self._stopping.is_set():
-            for socket, _ in poller.poll(20):
+            for socket, _ in poller.poll(5):
                 self._answer(by_socket[socket])
             if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + HEARTBEAT_S
+                next_beat = time.monotonic() + self.heartbeat_s
+                era, version = self.learner.policy
                 for actor in self.actors:
-                    actor.send("heartbeat", {"state": "working"})
+                    actor.send("heartbeat", {"state": "working", "era": era, "version": version})
 
     def _lease(self, actor: Connection) -> None:
         era, version = self.learner.policy

@@ -52,6 +52,7 @@ class ActorRequests:
     def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
         self._state, self._outbox, self._ending = state, outbox, ending
         self._waiting: dict[bytes, Waiting] = {}  # by connection, in the order of arrival
+        self._line_of: dict[str, bytes] = {}  # connection that an actor waits on
         self._policies: Counter[tuple[int, int]] = Counter()  # (era, version) of those who wait
         self._next_expiry = math.inf
         self._last_grant: dict[str, tuple[Origin, dict[str, Any]]] = {}  # per actor
@@ -89,6 +90,20 @@ class ActorRequests:
                 return waiting
         return None
 
+    def holds(self, peer: Peer, era: int, version: int) -> None:
+        """An actor says which policy it holds: a request that it waits with is from now on one of that policy.
+
+        Without this, a request that was made just before new weights came would wait out its time with old ones.
+        """
+        connection = self._line_of.get(peer.name)
+        waiting = self._waiting.get(connection) if connection is not None else None
+        if waiting is None or (era, version) <= (waiting.message.era, waiting.message.version):
+            return
+        newer = waiting.message.model_copy(update={"era": era, "version": version})
+        self._count(waiting, -1)
+        self._waiting[waiting.origin.connection] = renewed = waiting._replace(message=newer)
+        self._count(renewed, +1)
+
     def _may_get_work(self, era: int, version: int) -> bool:
         state = self._state
         if self._ending.reason is not None or not state.ledger.exists(era, version):
@@ -103,13 +118,18 @@ class ActorRequests:
 
     def _wait(self, waiting: Waiting) -> None:
         self._waiting[waiting.origin.connection] = waiting
-        self._policies[waiting.message.era, waiting.message.version] += 1
+        self._line_of[waiting.actor] = waiting.origin.connection
+        self._count(waiting, +1)
         self._next_expiry = min(self._next_expiry, waiting.until)
 
     def _drop(self, waiting: Waiting) -> None:
         del self._waiting[waiting.origin.connection]
+        self._line_of.pop(waiting.actor, None)
+        self._count(waiting, -1)
+
+    def _count(self, waiting: Waiting, change: int) -> None:
         policy = waiting.message.era, waiting.message.version
-        self._policies[policy] -= 1
+        self._policies[policy] += change
         if not self._policies[policy]:
             del self._policies[policy]
 

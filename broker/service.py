@@ -33,7 +33,6 @@ from common.messages import (
     Hello,
     MalformedMessage,
     Message,
-    Pulse,
     Status,
     StatusQuery,
     Stop,
@@ -256,18 +255,19 @@ class Service:
 
     def _heartbeat(self, origin: Origin, peer: Peer, beat: Heartbeat, now: float) -> None:
         state = self.state
-        state.members.heard(peer, beat)
         if peer.role == "actor":
             state.ledger.renew(peer.name, beat.leases, now)
-        pulse = Pulse(
-            step=state.ledger.step,
-            version=state.ledger.version,
-            era=state.ledger.era,
-            weights=state.weights,
-            command=self.ending.command(peer.role, now),
-            reason=self.ending.reason,
-        )
-        self.outbox.reply(origin, pulse)
+            self.actors.holds(peer, beat.era, beat.version)
+        state.members.heard(peer, beat)
+        pulse = {
+            "step": state.ledger.step,
+            "version": state.ledger.version,
+            "era": state.ledger.era,
+            "weights": state.weights.model_dump() if state.weights else None,
+            "command": self.ending.command(peer.role, now),
+            "reason": self.ending.reason,
+        }
+        self.outbox.reply_plain(origin, "pulse", pulse)
 
     def _goodbye(self, origin: Origin, peer: Peer, message: Goodbye, now: float) -> None:
         self.outbox.reply(origin, Ack())

@@ -152,6 +152,7 @@ class ScriptedActor:
         except RefusedError as error:
             self._note(error)
             return
+        era, version = self._policy  # new weights may have come, and been told, while the request waited
         if grant.evaluation is not None:
             self._request(answer_evaluation(grant.evaluation, version, era))
         self._held = {assignment.group: assignment for assignment in grant.groups}
