@@ -146,5 +146,5 @@ def line(status: Mapping[str, Any]) -> str:
     return (
         f"step {status['step']}/{status['steps_total']}  reward {number(train.get('train/reward'), '.3f')}  "
         f"held-out {held_out(status)}  staleness max {status['staleness']['max']}  "
-        f"idle {number(train.get('train/idle_share'), '.0%')}  ETA {eta(status)}"
+        f"idle {number(train.get('train/idle_share'), '.0%')}{bottleneck(train)}  ETA {eta(status)}"
     )
