@@ -55,7 +55,8 @@ class DrGrpo(Study):
     )
     miniature = (
         "One base model whose text holds filler lines after the line that decides the method (without it the bias "
-        "cannot act), 80 steps of 16 questions x 8 responses, budget 64 tokens, three seeds."
+        "cannot act), 80 steps of 16 questions x 8 responses, budget 64 tokens, three seeds, learning rate 1e-3. Tried "
+        "before: 3e-4, with which the policy hardly learnt in 80 steps (Dr. GRPO, seed 0: reward 0.24 to 0.34)."
     )
     expectations = (
         Expectation(

@@ -126,3 +126,4 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # warnings would tear the progress bar

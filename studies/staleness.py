@@ -64,7 +64,7 @@ class Staleness(Study):
     shows = "nothing in the paper, which trains synchronously: this is what Slipstream adds"
     paper = "The paper's runs are synchronous; whether asynchronous ones learn as well is ours to show."
     miniature = (
-        "The qwen-math model, Dr. GRPO, 60 steps, every batch trained exactly 0, 1, 2, 4, 8 or 16 versions after "
+        "The qwen-math model, Dr. GRPO, 40 steps, every batch trained exactly 0, 1, 2, 4, 8 or 16 versions after "
         "it was sampled; six corrections at 16. Wall-clock: the demo's pipeline for 30 steps, max_staleness 0 and 2."
     )
     expectations = (
@@ -198,11 +198,11 @@ def _mini_run(correction: str, staleness: int, seed: int, setting: Setting) -> R
         held_out=as_problems(held_out(size(setting, 80, 4))),
         algorithm=correction,
         template="no",
-        steps=size(setting, 60, 4),
+        steps=size(setting, 40, 4),
         questions=size(setting, 16, 4),
         group=size(setting, 8, 2),
         max_tokens=size(setting, 48, 8),
         staleness=staleness,
-        eval_every=30,
+        eval_every=20,
         seed=seed,
     )
