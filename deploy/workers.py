@@ -93,18 +93,23 @@ def broker(
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in this folder.")] = False,
     fresh: Annotated[bool, typer.Option(help="Set an earlier run of this name aside.")] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Serve the steps of this recorded run again, to a learner alone."),
+    ] = None,
 ) -> None:
     """Run the broker: question ledger, trajectory buffer, journal. One per run; actors and the learner join it."""
     from broker.main import serve
     from common.recipe import load_recipe
-    from deploy.folder import prepare
+    from deploy.folder import find_folder, prepare
 
     set_up_logging()
     loaded = load_recipe(recipe, overrides or ())
+    recorded = find_folder(replay) if replay else None
     folder = prepare(loaded, resume=resume, fresh=fresh)
     tracker = _start_tracker(folder)
     try:
-        code = serve(loaded, run_folder=folder, resume=resume)
+        code = serve(loaded, run_folder=folder, resume=resume, replay=recorded)
         if _has_ended(folder):  # after an interruption the run goes on, and so does its tracking
             _await(tracker)
     finally:
@@ -167,10 +172,20 @@ def learner(
             min=1, help="Start this many ranks on this machine (under srun or torchrun: leave it at 1)."
         ),
     ] = 1,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Train alone on what a run recorded (`broker.record = true`), from its start."
+        ),
+    ] = None,
     keys: KeysOption = None,
 ) -> None:
     """Run the learner: takes groups, trains with DeepSpeed, pushes weights into the running actors."""
     set_up_logging()
+    if replay is not None:
+        from deploy.replay import start_replay
+
+        run = str(start_replay(replay))
     address, found_keys = _find_broker(join, run, keys)
     if ranks > 1 and "RANK" not in os.environ:
         _become_torchrun(ranks, address, found_keys, resume)

@@ -1,0 +1,73 @@
+"""Train again on a recorded run, alone: to debug the learner without actors.
+
+Invariant: the recorded run is only read; each replay is a run of its own, in a folder beside the recorded one, with
+the recorded recipe, so that two replays of one record can be compared.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.errors import UserError
+from common.process import die_with_parent
+from common.recipe import Recipe, resolved_toml
+from deploy.folder import RECIPE_FILE, find_folder, read_address, read_recipe
+from deploy.launch.supervisor import first_error
+
+START_S = 60.0
+
+
+def start_replay(name: str) -> Path:
+    """Start a broker that serves a recorded run again; returns the folder of the replay.
+
+    The broker dies with this process, and leaves when the last recorded step is trained.
+
+    Raises:
+        UserError: there is no such run, or its broker did not start (`broker.log` of the replay says why).
+    """
+    recorded = find_folder(name)
+    recipe = replay_recipe(read_recipe(recorded), recorded)
+    folder = recipe.folder
+    folder.mkdir(parents=True)
+    (folder / RECIPE_FILE).write_text(resolved_toml(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "deploy", "broker", str(folder / RECIPE_FILE), "--resume"]
+    with (folder / "broker.log").open("ab") as log:
+        broker = subprocess.Popen(
+            [*command, "--replay", str(recorded)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+    _wait(broker, folder)
+    return folder
+
+
+def _wait(broker: subprocess.Popen, folder: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while read_address(folder) is None:
+        if broker.poll() is not None:
+            raise UserError(
+                first_error(folder / "broker.log") or "its broker did not start.", setting="--replay"
+            )
+        if time.monotonic() > deadline:
+            raise UserError(f"its broker is not ready after {START_S:.0f} s.", setting="--replay")
+        time.sleep(0.05)
+
+
+def replay_recipe(recipe: Recipe, recorded: Path) -> Recipe:
+    """The recorded recipe under a name of its own: no evaluation, no MLflow, no further record."""
+    number = 1
+    while (recorded.parent / f"{recorded.name}-replay-{number}").exists():
+        number += 1
+    changes = {
+        "run": {"name": f"{recorded.name}-replay-{number}", "root": recorded.parent},
+        "eval": {"sets": ()},
+        "tracking": {"enabled": False},
+        "broker": {"record": False, "port": 0, "metrics_port": 0},
+    }
+    sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
+    return recipe.model_copy(update=sections)
