@@ -23,5 +23,5 @@ fi
 
 export OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR TORCH_CPP_LOG_LEVEL=ERROR
 "$folder/bin/python" -c 'import vllm; print("other_vllm: proving on vLLM", vllm.__version__)'
-exec "$folder/bin/python" -m pytest -q -m "not nightly" tests/e2e/test_weight_push.py \
+exec "$folder/bin/python" -m pytest -q -m "not nightly" tests/e2e/weight_push_cases.py \
     -k "every_token_in_flight or learners_that_freeze or kept_cache"
