@@ -151,14 +151,18 @@ def _serve(state: RunState, socket: Any, stop: threading.Event, page: MetricsPag
     return 0
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind is reachable from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def check_bind(recipe: Recipe) -> None:
     """Refuse an address that others can reach unless there are keys (I8)."""
     host = recipe.broker.bind
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and recipe.broker.keys is None:
+    if not is_loopback(host) and recipe.broker.keys is None:
         raise UserError(
             f"broker.bind = '{host}' can be reached by others and needs CURVE keys: make some with "
             "`slipstream keys init FOLDER`.",

@@ -21,7 +21,7 @@ from broker.meters import Meters
 from broker.store import Store
 from common.messages import EvalQuestion, WeightsAddress
 from common.recipe.schema import Recipe
-from common.tasks.sets import load_questions
+from common.tasks.from_recipe import held_out_questions, training_questions
 from common.tracking.spool import Spool
 
 EVENTS_KEPT = 100
@@ -56,26 +56,16 @@ def zero_gradient(recipe: Recipe) -> bool:
 
 def load_training_set(recipe: Recipe) -> list[dict[str, Any]]:
     """The training questions in file order."""
-    data = recipe.data
-    found = load_questions(
-        data.train,
-        data_dir=data.data_dir,
-        split=data.split,
-        problem_field=data.problem_field,
-        answer_field=data.answer_field,
-        levels=data.levels,
-        limit=data.limit,
-    )
-    return [dict(row) for row in found]
+    return [dict(row) for row in training_questions(recipe)]
 
 
 def load_held_out(recipe: Recipe) -> list[EvalQuestion]:
     """The questions of all evaluation sets."""
-    questions = []
-    for spec in recipe.eval.sets:
-        found = load_questions(spec, data_dir=recipe.data.data_dir, limit=recipe.eval.limit)
-        questions += [EvalQuestion(set=found.name, uid=str(row["uid"]), question=dict(row)) for row in found]
-    return questions
+    return [
+        EvalQuestion(set=found.name, uid=str(row["uid"]), question=dict(row))
+        for found in held_out_questions(recipe).values()
+        for row in found
+    ]
 
 
 def evaluations_of(recipe: Recipe, held_out: Sequence[EvalQuestion]) -> Evaluations:

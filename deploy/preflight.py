@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import ipaddress
 import os
 import shutil
 import socket
@@ -99,24 +98,11 @@ def check_reward(recipe: Recipe) -> None:
         raise UserError(f"'{name}' is not a function.", setting="data.reward")
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address to bind is reachable from this machine only."""
-    if address == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
 def check_addresses(recipe: Recipe) -> None:
     """Sockets bind to loopback unless there are keys (I8)."""
-    if not is_loopback(recipe.broker.bind) and recipe.broker.keys is None:
-        raise UserError(
-            f"'{recipe.broker.bind}' is reachable from other machines: set broker.keys to a folder made by "
-            "`slipstream keys init`.",
-            setting="broker.bind",
-        )
+    from broker.main import check_bind
+
+    check_bind(recipe)
 
 
 def check_ports(recipe: Recipe) -> None:

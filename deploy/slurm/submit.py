@@ -99,8 +99,9 @@ def submit_recipe(
     Raises:
         UserError: anything that would keep a job from starting; nothing is then written or queued.
     """
+    from broker.main import is_loopback
     from deploy.folder import holds_a_run, prepare
-    from deploy.preflight import check_addresses, check_template, is_loopback, preflight
+    from deploy.preflight import check_addresses, check_template, preflight
     from deploy.slurm.plan import make_plan
     from deploy.slurm.queue import require_slurm
     from deploy.slurm.scripts import render
