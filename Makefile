@@ -20,7 +20,7 @@ test: setup ## Run the tests, real engines included
 
 nightly: setup ## Run everything, the long tests too
 	@tests/slurm/install.sh
-	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q
+	@SLIPSTREAM_EXPLORE=1 PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -q
 
 test-slurm: setup ## Start a real Slurm and a real Prometheus here and test on them; installs them when root
 	@tests/slurm/install.sh

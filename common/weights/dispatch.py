@@ -294,12 +294,15 @@ class Dispatcher:
     def _call_off(self, link: Link) -> None:
         """The relay of a link that is not going to receive from it must not keep its copy for it."""
         relay = self.links.get(link.parent) if link.parent else None
-        if relay is not None and link.push is not None and link.state in (State.WAITING, State.OFFERED):
+        if relay is None or relay.state in (State.IDLE, State.WAITING):
+            return  # it was never told of the child, or knows already
+        if link.push is not None and link.state in (State.WAITING, State.OFFERED):
             self._actions.append(SteerRelay(relay.name, link.name, link.push, go=False))
 
     def _to_idle(self, link: Link) -> None:
         self._call_off(link)
         link.state, link.push, link.parent, link.deadline = State.IDLE, None, None, float("inf")
+        self._release_children(link)  # those below it in the tree waited for a version that it will not get
 
     # ---------------------------------------------------------------- offering
 

@@ -79,6 +79,15 @@ def test_a_child_in_the_middle_of_a_dead_relays_transfer_is_told_to_reconnect():
     assert dispatcher.actions(0.0) == [MakeOffer("a1.1", 0, None, ())]
 
 
+def test_grandchildren_of_a_dead_relay_are_served_too():
+    """Found by the state machine below: the middle one turned to the learner and left its own child behind."""
+    dispatcher = new(degree=1, count=3)
+    dispatcher.actions(0.0)
+    dispatcher.drop("a0.0", None, "opened a new link")
+    assert {link.state for link in dispatcher.links.values()} == {State.IDLE}
+    assert dispatcher.actions(0.0)[-1] == MakeOffer("a1.0", 0, None, ("a2.0",))
+
+
 def test_a_relay_is_told_when_its_child_is_served_otherwise():
     """Else it would keep a copy of every version until a deadline."""
     dispatcher = new(degree=1, count=2)
