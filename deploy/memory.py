@@ -82,8 +82,3 @@ def actor_memory(recipe: Recipe, shape: ModelShape, device: str) -> MemoryPlan:
             "process": float(ACTOR_BASE),
         }
     )
-
-
-def kv_tokens(recipe: Recipe, shape: ModelShape) -> float:
-    """Tokens that the KV cache must hold for `actor.max_sequences` sequences of full length."""
-    return float(recipe.actor.max_sequences * recipe.model.max_context)
