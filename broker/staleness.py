@@ -16,6 +16,7 @@ With all actors current this is DESIGN's inequality: in flight + buffered + take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 
@@ -58,6 +59,12 @@ def room(
         slots = (min(when, last_step) - next_step + 1) * groups_per_step
         free = slots - due if free is None else min(free, slots - due)
     return max(0, free or 0)
+
+
+def fair_share(groups_per_step: int, max_staleness: int, actors: int) -> int:
+    """Groups that one of `actors` actors may hold of all that may be in flight, so that the first to come leaves
+    some to others."""
+    return math.ceil((max_staleness + 1) * groups_per_step / max(1, actors))
 
 
 def leaves_feasible(
