@@ -46,7 +46,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         summary_path = next(Path(root).glob("*/summary.json"))
         summary = json.loads(summary_path.read_text())
         lines = (summary_path.parent / "metrics.jsonl").read_text().splitlines()
-    first_step = next(point["time"] for point in map(json.loads, lines) if point["kind"] == "train")
+    first_step = next(point["time"] for point in map(json.loads, lines) if point["kind"] == "learner")
     return {
         "first optimizer step after the command (s)": first_step - started,
         "whole command (s)": seconds,

@@ -226,6 +226,7 @@ class ActorRequests:
             state.store.put(header.group, Entry(bytes(frames[0]), buffers, profile))
         if outcome.status != "duplicate":
             self._measure(peer, profile.lengths, outcome.status, now)
+            state.meters.rollouts.add(header.responses, state.ledger.version - min(profile.versions))
         ack = {"status": outcome.status, "reason": outcome.reason}
         self._outbox.reply_plain(origin, "ack", ack, durable=True)
 

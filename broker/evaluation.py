@@ -6,13 +6,13 @@ later; at most one waits, a newer one replaces it. Training never waits for an e
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
+from common.tracking.catalogue import plain
 
 
 @dataclass(slots=True)
@@ -165,7 +165,7 @@ class Evaluations:
 
 
 def metrics_of(rows: Iterable[EvalRow]) -> dict[str, float]:
-    """Shares and lengths over all sets, and per set as `eval/SET/name`.
+    """Shares and lengths over all sets, and per set as `SET/name`.
 
     `pass1` is the share of correct answers among all sampled ones (temperature of the recipe), `greedy` among
     the greedy ones; `unformatted`, `truncated` and `unverified` are shares of the sampled answers; lengths in
@@ -177,12 +177,8 @@ def metrics_of(rows: Iterable[EvalRow]) -> dict[str, float]:
     everything = [row for group in by_set.values() for row in group]
     metrics = _shares(everything)
     for name, group in sorted(by_set.items()):
-        metrics.update({f"eval/{_plain(name)}/{key}": value for key, value in _shares(group).items()})
+        metrics.update({f"{plain(name)}/{key}": value for key, value in _shares(group).items()})
     return metrics
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
 def _shares(rows: Sequence[EvalRow]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from broker.group import Group, LedgerError, State
 from broker.members import Peer
 from broker.meters import Profile
 from broker.outbox import Origin, Outbox
+from broker.points import step_points
 from broker.state import RunState
 from broker.store import Buffer, Entry
 from common.messages import (
@@ -188,40 +189,21 @@ class LearnerRequests:
             state.meters.trained(message.step, [self._profile(group) for group in trained])
             state.store.consumed([group.key for group in trained])
             self._committed = now
-            self._log_step(message, groups)
+            self._log_step(message, groups, now)
             state.evaluations.at(message.version, final=state.ledger.finished)
         self._outbox.reply(origin, Ack(), durable=True)
 
-    def _log_step(self, message: Commit, groups: Sequence[Group]) -> None:
+    def _log_step(self, message: Commit, groups: Sequence[Group], now: float) -> None:
         state = self._state
         state.changed = True
         state.last_commit_time = time.time()
         filtered = sum(group.state == State.FILTERED for group in groups)
         state.last_train = {"step": message.step, **message.metrics}
-        state.spool.append("train", message.step, message.metrics)
-        state.spool.append("broker", message.step, self._step_metrics(len(groups), filtered))
+        state.spool.append("learner", message.step, message.metrics)
+        for kind, point in step_points(state, len(groups), filtered, now).items():
+            state.spool.append(kind, message.step, point)
         if message.samples:
             state.spool.append("samples", message.step, {"rows": message.samples})
-
-    def _step_metrics(self, scheduled: int, filtered: int) -> dict[str, float]:
-        state = self._state
-        counts, staleness = state.ledger.counts(), state.meters.staleness_view()
-        sampled, trained = state.meters.lengths["sampled"], state.meters.lengths["trained"]
-        return {
-            "filtered_share": filtered / scheduled,
-            "staleness_max": staleness["last_max"],
-            "staleness_mean": staleness["mean"],
-            "in_flight": counts["in_flight"],
-            "buffered": counts["buffered"],
-            "expired": counts["expired"],
-            "abandoned": counts["abandoned"],
-            "ledger_sum_ok": float(counts["sum_ok"]),
-            "length_sampled": sampled.total / max(1, sampled.count),
-            "length_trained": trained.total / max(1, trained.count),
-            "length_sampled_p90": sampled.quantile(0.9),
-            "length_trained_p90": trained.quantile(0.9),
-            "actors": float(len(state.members.living("actor"))),
-        }
 
     def pin(self, origin: Origin, peer: Peer, message: Pin, now: float) -> None:
         """A checkpoint is safe: the history before it is final."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from broker.rollouts import Rollouts
 from common.messages import GroupHeader
 
 EDGES = tuple(round(2 ** (k / 2)) for k in range(2, 41))  # 2 ... 1,048,576 tokens, two buckets per octave
@@ -82,6 +83,7 @@ class Meters:
         self.lengths = {fate: Lengths() for fate in FATES}
         self.staleness: Counter[int] = Counter()
         self.last_staleness: Counter[int] = Counter()
+        self.rollouts = Rollouts()
         self.bytes_in = self.bytes_out = self.messages_in = self.bad_messages = 0
 
     def trained(self, step: int, profiles: Iterable[Profile]) -> None:
@@ -109,6 +111,7 @@ class Meters:
         return {
             "lengths": {fate: lengths.state() for fate, lengths in self.lengths.items()},
             "staleness": [[age, count] for age, count in self.staleness.items()],
+            "rollouts": self.rollouts.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -116,3 +119,4 @@ class Meters:
         for fate, saved in state["lengths"].items():
             self.lengths[fate].restore(saved)
         self.staleness = Counter(dict(state["staleness"]))
+        self.rollouts.restore(state["rollouts"])

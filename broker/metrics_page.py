@@ -128,12 +128,17 @@ class MetricsPage:
         self._copied.gauges = {
             "slipstream_actor_tokens_per_second": ("Published tokens.", ["actor"], rates),
             "slipstream_telemetry": ("Meters in the peers' heartbeats.", ["peer", "meter"], readings),
-            "slipstream_train": (
-                "The newest step, as in MLflow.",
+            "slipstream_learner": (
+                "The newest step, learner/NAME in MLflow.",
                 ["name"],
                 _numbers(state.last_train or {}),
             ),
-            "slipstream_evaluation": ("The newest held-out evaluation.", ["name"], evaluation),
+            "slipstream_actor": (
+                "What was sampled up to the newest step, actor/NAME in MLflow.",
+                ["name"],
+                _numbers(meters.rollouts.last),
+            ),
+            "slipstream_eval": ("The newest held-out evaluation, eval/NAME in MLflow.", ["name"], evaluation),
         }
         self._copied.counters = {
             "slipstream_leases": ("Leases ever granted.", float(state.ledger.granted)),

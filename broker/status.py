@@ -14,6 +14,7 @@ from broker.group import Group, LedgerError, State
 from broker.state import RunState
 from broker.store import Buffer
 from common.messages import GroupHeader, GroupId, GroupView
+from common.tracking.delivery import tracking_view
 
 LEASES_SHOWN = 100
 GROUPS_SHOWN = 2000
@@ -53,11 +54,13 @@ def snapshot(
         "staleness": {"bound": ledger.rules.max_staleness, **meters.staleness_view()},
         "lengths": {fate: lengths.view() for fate, lengths in meters.lengths.items()},
         "train": state.last_train,
+        "rollouts": state.meters.rollouts.last,
         "evaluations": state.evaluations.history,
         "evaluation_open": state.evaluations.waiting is not None or bool(state.evaluations.running),
         "pinned": state.pinned,
         "waits": _waits(state, learner_waits_s, now),
         "rates": _rates(state, now),
+        "tracking": tracking_view(state.folder) if state.recipe.tracking.enabled else None,
         "events": list(state.events),
         "warnings": [event for event in state.events if event["warning"]],
     }

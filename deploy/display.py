@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -36,6 +37,7 @@ class Display:
         )
         self._next = 0.0
         self._said_step: object = None
+        self._said_where = False
 
     def __enter__(self) -> Display:
         self._watcher.start()
@@ -62,6 +64,7 @@ class Display:
 
     def _draw(self) -> None:
         status = self._watcher.latest
+        self._say_where(status)
         if self._live is not None:
             self._live.update(screen(status, title=self._title), refresh=True)
         elif status is not None and (status["step"], status["version"]) != self._said_step:
@@ -81,6 +84,15 @@ class Display:
     def ask_to_stop(self) -> bool:
         """Ask the broker for an orderly end."""
         return ask_to_stop(self.folder, self._keys, "stopped by the user")
+
+    def _say_where(self, status: dict[str, Any] | None) -> None:
+        """Where MLflow shows the run, once it is known."""
+        tracking = (status or {}).get("tracking")
+        if self._said_where or not tracking or not tracking["run"]:
+            return
+        self._said_where = True
+        where = tracking["url"] or f"run {tracking['run']}; mlflow ui --backend-store-uri {tracking['uri']}"
+        self.say(f"MLflow: {where}")
 
     def print_summary(self, folder: Path) -> None:
         """The table at the end of a run."""

@@ -15,6 +15,8 @@ from typing import Any
 from common.tracking.spool import Record, read_spool
 
 Summary = dict[str, Any]
+SAMPLED = ("accuracy", "format_share", "truncated", "unverified")  # of all that the actors published
+STEPWISE = ("learner", "actor", "broker", "system")
 WARM_UP_STEPS = 2  # compilers, caches and the first weight push: not counted in shares and rates
 LENGTHS = (("length", "all"), ("length_correct", "correct"), ("length_incorrect", "incorrect"))
 
@@ -26,7 +28,7 @@ class Points:
         self._kinds: dict[str, dict[int, dict[str, Any]]] = {}
         for record in records:
             steps = self._kinds.setdefault(record.kind, {})
-            if record.kind == "train":  # after a rewind, what came later is gone
+            if record.kind in STEPWISE:  # after a rewind, what came later is gone
                 for later in [step for step in steps if step > record.step]:
                     del steps[later]
             steps[record.step] = record.values
@@ -64,15 +66,15 @@ def summarise(folder: Path, end: Mapping[str, Any]) -> Summary:
         "seconds": seconds,
         "startup_seconds": first - prepared if first and not final.get("resumed") else None,
         **_accuracy(final["evaluations"]),
-        "reward_last": _last(points.values("train", "train/reward")),
+        "reward_last": _last(points.values("learner", "reward")),
         "learner_idle_share": _idle_share(points),
         "actor_tokens_per_s": _actor_rate(final, seconds),
-        "learner_tokens_per_s": _mean(points.values("train", "train/tokens_per_s", after=WARM_UP_STEPS)),
+        "learner_tokens_per_s": _mean(points.values("learner", "tokens_per_s", after=WARM_UP_STEPS)),
         "staleness_mean": final["staleness"]["mean"],
         "staleness_max": final["staleness"]["max"],
-        "mismatch_max": max(points.values("train", "train/mismatch_max"), default=None),
-        "mismatch_mean": _mean(points.values("train", "train/mismatch_mean")),
-        **_verdicts(points),
+        "mismatch_max": max(points.values("learner", "mismatch_max"), default=None),
+        "mismatch_mean": _mean(points.values("learner", "mismatch_mean")),
+        **{f"sampled_{name}_last": _last(points.values("actor", name)) for name in SAMPLED},
         "ledger": final["ledger"],
     }
 
@@ -93,20 +95,15 @@ def _accuracy(history: Sequence[Mapping[str, Any]]) -> Summary:
 
 
 def _idle_share(points: Points) -> float | None:
-    waiting = sum(points.values("train", "train/seconds_waiting", after=WARM_UP_STEPS))
+    waiting = sum(points.values("learner", "seconds_waiting", after=WARM_UP_STEPS))
     names = ("waiting", "training", "publishing", "checkpointing")
-    total = sum(sum(points.values("train", f"train/seconds_{name}", after=WARM_UP_STEPS)) for name in names)
+    total = sum(sum(points.values("learner", f"seconds_{name}", after=WARM_UP_STEPS)) for name in names)
     return waiting / total if total else None
 
 
 def _actor_rate(final: Mapping[str, Any], seconds: float | None) -> float | None:
     tokens = sum(peer["tokens"] for peer in final["peers"].values() if peer["role"] == "actor")
     return tokens / seconds if seconds else None
-
-
-def _verdicts(points: Points) -> Summary:
-    names = ("correct", "wrong", "unformatted", "truncated", "unverified")
-    return {f"verdict_{name}_last": _last(points.values("train", f"train/verdict_{name}")) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -158,7 +155,7 @@ def draw_progress(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> Pat
 
 
 def _draw_reward(axis: Any, points: Points) -> None:
-    axis.plot(*points.series("train", "train/reward"), color="tab:blue")
+    axis.plot(*points.series("learner", "reward"), color="tab:blue")
     axis.set(title="training reward (mean over all scheduled responses)", xlabel="step", ylim=(0, 1.02))
 
 
@@ -176,13 +173,13 @@ def _draw_accuracy(axis: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_lengths(axis: Any, points: Points) -> None:
     for name, label in LENGTHS:
-        axis.plot(*points.series("train", f"train/{name}"), label=label)
+        axis.plot(*points.series("actor", name), label=label)
     axis.legend(frameon=False)
-    axis.set(title="response length of the trained groups (tokens)", xlabel="step")
+    axis.set(title="response length of all that was sampled (tokens)", xlabel="step")
 
 
 def _draw_staleness(axis: Any, points: Points) -> None:
     for name in ("mean", "max"):
-        axis.plot(*points.series("train", f"train/staleness_{name}"), label=name)
+        axis.plot(*points.series("learner", f"staleness_{name}"), label=name)
     axis.legend(frameon=False)
     axis.set(title="staleness of trained tokens (versions)", xlabel="step")

@@ -17,6 +17,7 @@ from rich.text import Text
 
 EVENTS_SHOWN = 3
 WAIT_SHOWN_S = 2.0
+BEHIND_SHOWN_S = 15.0
 DASH = "–"
 
 
@@ -29,6 +30,7 @@ def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> R
     parts += [Text(_event(event), style="dim") for event in status["events"][-EVENTS_SHOWN:]]
     if note:
         parts.append(Text(note, style="bold"))
+    parts += [Text(line, style="yellow") for line in tracker_behind(status)]
     return Panel(Group(*parts), title=title, title_align="left")
 
 
@@ -37,7 +39,10 @@ def _progress(status: Mapping[str, Any]) -> RenderableType:
     row = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=max(1, total), completed=done, width=40)
     row.add_row(
-        Text(f"step {done}/{total}", style="bold"), bar, f"version {status['version']}", f"ETA {eta(status)}"
+        Text(f"step {done}/{total}", style="bold"),
+        bar,
+        f"version {status['version']}",
+        f"ETA {eta(status)}",
     )
     return row
 
@@ -56,35 +61,36 @@ def eta(status: Mapping[str, Any], now: float | None = None) -> str:
 
 def _figures(status: Mapping[str, Any]) -> RenderableType:
     train, staleness, queue = status["train"] or {}, status["staleness"], status["queue"]
+    rollouts = status["rollouts"]
     table = Table.grid(padding=(0, 3))
-    table.add_row("reward", number(train.get("train/reward"), ".3f"), "held-out", held_out(status))
+    table.add_row("reward", number(train.get("reward"), ".3f"), "held-out", held_out(status))
     table.add_row(
         "tokens/s",
         f"actors {number(status['rates']['actor_tokens_per_s'], ',.0f')}, "
-        f"learner {number(train.get('train/tokens_per_s'), ',.0f')}",
+        f"learner {number(train.get('tokens_per_s'), ',.0f')}",
         "learner idle",
-        f"{number(train.get('train/idle_share'), '.0%')}{bottleneck(train)}",
+        f"{number(train.get('idle_share'), '.0%')}{bottleneck(train)}",
     )
     table.add_row(
         "staleness",
-        f"mean {number(train.get('train/staleness_mean'), '.2f')}, max {staleness['max']} of {staleness['bound']}",
+        f"mean {number(train.get('staleness_mean'), '.2f')}, max {staleness['max']} of {staleness['bound']}",
         "queue",
         f"{queue['untaken']} buffered, {status['leases']['count']} in flight, {queue['wanted_per_step']} a step",
     )
     table.add_row(
         "length",
-        f"{number(train.get('train/length'), '.1f')} tokens "
-        f"(correct {number(train.get('train/length_correct'), '.1f')}, "
-        f"incorrect {number(train.get('train/length_incorrect'), '.1f')})",
+        f"{number(rollouts.get('length'), '.1f')} tokens "
+        f"(correct {number(rollouts.get('length_correct'), '.1f')}, "
+        f"incorrect {number(rollouts.get('length_incorrect'), '.1f')})",
         "mismatch",
-        f"mean {number(train.get('train/mismatch_mean'), '.1e')} nats",
+        f"mean {number(train.get('mismatch_mean'), '.1e')} nats",
     )
     return table
 
 
 def bottleneck(train: Mapping[str, Any]) -> str:
     """Says so when the learner waits for the actors."""
-    share = train.get("train/idle_share")
+    share = train.get("idle_share")
     return "  (the actors are the bottleneck)" if share is not None and share > 0.15 else ""
 
 
@@ -140,11 +146,24 @@ def number(value: Any, form: str) -> str:
     return DASH if value is None else format(value, form)
 
 
+def tracker_behind(status: Mapping[str, Any]) -> list[str]:
+    """Says so when MLflow does not get the run's points."""
+    tracking = status.get("tracking")
+    if tracking is None or tracking["seconds_behind"] < BEHIND_SHOWN_S:
+        return []
+    why = f": {tracking['error']}" if tracking["error"] else ""
+    return [
+        f"MLflow is {tracking['points_behind']} points behind, for {tracking['seconds_behind']:.0f} s; they are kept in "
+        f"metrics.jsonl and sent later{why}"
+    ]
+
+
 def line(status: Mapping[str, Any]) -> str:
     """The same in one line, where there is no terminal."""
     train = status["train"] or {}
+    behind = "".join(f"  [{text}]" for text in tracker_behind(status))
     return (
-        f"step {status['step']}/{status['steps_total']}  reward {number(train.get('train/reward'), '.3f')}  "
+        f"step {status['step']}/{status['steps_total']}  reward {number(train.get('reward'), '.3f')}  "
         f"held-out {held_out(status)}  staleness max {status['staleness']['max']}  "
-        f"idle {number(train.get('train/idle_share'), '.0%')}{bottleneck(train)}  ETA {eta(status)}"
+        f"idle {number(train.get('idle_share'), '.0%')}{bottleneck(train)}  ETA {eta(status)}{behind}"
     )

@@ -1,57 +1,86 @@
 """Deliver a run's points to MLflow, and when it has ended write its summary and figure.
 
-Invariant: the summary and the figure are written whether or not MLflow can be reached.
+Invariant: the summary and the figure are written whether or not MLflow can be reached; one process at a time
+delivers a run.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from common.tracking.shipper import Shipper, ship_until_end, tracking_uri
-from common.tracking.spool import Record, read_spool
-from deploy.folder import read_recipe
+from common import stacks
+from common.errors import UserError
+from common.tracking.shipper import PATIENCE_S, POLL_S, Shipper, SpoolEnd, ship_until_end, tracking_uri
+from common.tracking.spool import SPOOL, Record
+from common.tracking.tags import run_tags
+from deploy.folder import RECIPE_FILE, read_recipe
 from deploy.report import draw_progress, summarise, write_summary
 
 log = logging.getLogger("slipstream.tracking")
 NICENESS = 10
-POLL_S = 0.5
+LOCK_S = 5.0  # a tracker that ends with its broker may take a moment to go
 
 
-def track_run(folder: Path) -> int:
-    """Follow a run folder until its end; returns 0 when everything was delivered, 1 when MLflow never answered."""
+def track_run(folder: Path, patience_s: float = PATIENCE_S) -> int:
+    """Follow a run folder until its end; returns 0 when everything was delivered, 1 when MLflow did not answer.
+
+    Raises:
+        UserError: another process delivers this run.
+    """
+    stacks.arm()
     os.nice(NICENESS)
     recipe = read_recipe(folder)
     if not recipe.tracking.enabled:
-        _finalise(folder, _wait_for_end(folder / "metrics.jsonl"))
+        _finalise(folder, _wait_for_end(folder / SPOOL))
         return 0
-    shipper = Shipper(
-        folder,
-        tracking_uri(recipe.tracking.uri, recipe.run.root),
-        recipe.tracking.experiment,
-        recipe.run.name or folder.name,
+    with _alone(folder):
+        shipper = Shipper(
+            folder,
+            tracking_uri(recipe.tracking.uri, recipe.run.root),
+            recipe.tracking.experiment,
+            recipe.run.name or folder.name,
+            tags=run_tags(recipe, folder),
+            files=[folder / RECIPE_FILE],
+        )
+        if ship_until_end(shipper, lambda end: _finalise(folder, end), patience_s=patience_s):
+            return 0
+    log.warning(
+        "MLflow at %s did not answer; `slipstream track %s` delivers later", shipper.shown_uri, folder
     )
-    delivered = ship_until_end(shipper, lambda end: _finalise(folder, end))
-    if not delivered:
-        _finalise(folder, _wait_for_end(folder / "metrics.jsonl"))
-        log.warning("MLflow at %s did not answer; `slipstream track %s` delivers later", shipper.uri, folder)
-    return 0 if delivered else 1
+    return 1
 
 
-def _wait_for_end(spool: Path) -> Record:
-    offset = 0
-    while True:
-        last = None
-        for last in read_spool(spool, offset):
-            offset = last.offset
-        if last is not None and last.kind == "end":
-            return last
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / "tracking.lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process delivers '{folder}' to MLflow; it is enough.", setting="RUN"
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def _wait_for_end(path: Path) -> Record:
+    spool = SpoolEnd(path)
+    while (end := spool.end()) is None:
         time.sleep(POLL_S)
+    return end
 
 
 def _finalise(folder: Path, end: Record) -> list[Path]:
     figure = draw_progress(folder, end.values["final"]["evaluations"])
     summary = write_summary(folder, summarise(folder, end.values))
-    return [figure, summary, folder / "recipe.toml"]
+    return [figure, summary, folder / RECIPE_FILE, folder / SPOOL]

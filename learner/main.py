@@ -33,7 +33,7 @@ from learner.engine import Engine
 from learner.export import export_model
 from learner.feed import Feed, Waiting
 from learner.link import BrokerLink
-from learner.metrics import Clock, batch_metrics, prefixed, update_metrics
+from learner.metrics import Clock, batch_metrics, finite, update_metrics
 from learner.model import bytes_of_checkpoint, check_model, load_policy, load_reference, load_tokenizer
 from learner.objective import objective_of
 from learner.prepare import Preparation, Work
@@ -312,7 +312,7 @@ class Learner:
         metrics["invalid_responses"] = float(work.invalid)
         self._link.version = self._step
         self._link.post(
-            Commit(step=batch.step, version=self._step, metrics=prefixed(metrics), samples=work.samples)
+            Commit(step=batch.step, version=self._step, metrics=finite(metrics), samples=work.samples)
         )
 
     def _checkpoint(self) -> Saved | None:

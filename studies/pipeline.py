@@ -19,16 +19,16 @@ from studies.verdict import Row
 
 # Name in a row -> name in the spool.
 TRAIN = {
-    "reward": "train/reward",
-    "length": "train/length",
-    "length_correct": "train/length_correct",
-    "length_incorrect": "train/length_incorrect",
-    "ratio_ess": "train/ratio_ess",
-    "clip_low_mean": "train/clip_low_mean",
-    "clip_high_mean": "train/clip_high_mean",
-    "kl_behaviour_mean": "train/kl_behaviour_mean",
-    "entropy_mean": "train/entropy_mean",
-    "gradient": "train/grad_norm",
+    "reward": "reward",
+    "length": "length",
+    "length_correct": "length_correct",
+    "length_incorrect": "length_incorrect",
+    "ratio_ess": "ratio_ess",
+    "clip_low_mean": "clip_low_mean",
+    "clip_high_mean": "clip_high_mean",
+    "kl_behaviour_mean": "kl_behaviour_mean",
+    "entropy_mean": "entropy_mean",
+    "gradient": "grad_norm",
 }
 
 
@@ -61,7 +61,7 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
     rows: dict[tuple[str, int], Row] = {}
     for record in records:
         values = record.values
-        if record.kind == "train":
+        if record.kind == "learner":
             rows = {key: row for key, row in rows.items() if key[0] != "train" or key[1] <= record.step}
             found = {name: values.get(key) for name, key in TRAIN.items()}
             rows["train", record.step] = {"kind": "train", "step": record.step, **found}
@@ -72,11 +72,7 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
 
 def _evaluation(values: Mapping[str, Any]) -> Row:
     """Greedy accuracy of each set, and their unweighted mean (paper, section 3.4)."""
-    sets = {
-        key.split("/")[1]: value
-        for key, value in values.items()
-        if key.startswith("eval/") and key.endswith("/greedy")
-    }
+    sets = {key.removesuffix("/greedy"): value for key, value in values.items() if key.endswith("/greedy")}
     score = sum(sets.values()) / len(sets) if sets else values.get("greedy")
     return {"score": score, "tokens": values.get("greedy_length"), "sets": sets}
 

@@ -57,14 +57,14 @@ class Report:
         return {"average": self.average._asdict(), "sets": rows}
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for a tracker: `accuracy/SET`, `pass_at_8/SET`, ..., `accuracy/average`."""
-        flat = {"accuracy/average": self.average.mean}
+        """Names in the tracker, below `eval/`: `SET/accuracy`, `SET/pass_at_8`, ..., and `average`."""
+        flat = {"average": self.average.mean}
         for result in self.sets:
             name = short_name(result.name)
-            flat[f"accuracy/{name}"] = result.accuracy.mean
-            flat |= {f"pass_at_{k}/{name}": value for k, value in result.pass_at.items() if k > 1}
+            flat[f"{name}/accuracy"] = result.accuracy.mean
+            flat |= {f"{name}/pass_at_{k}": value for k, value in result.pass_at.items() if k > 1}
             for meter in ("tokens_mean", "formatted", "truncated", "unverified"):
-                flat[f"{meter}/{name}"] = float(getattr(result, meter))
+                flat[f"{name}/{meter}"] = float(getattr(result, meter))
         return flat
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -44,9 +44,9 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Load and validate a training recipe; `overrides` are "section.key=value" strings (TOML values)."""
     path = find_recipe(name)
     recipe = load_toml_model(Recipe, path, overrides)
-    if recipe.run.name is None:
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
-    return recipe
+    run = recipe.run
+    run = run.model_copy(update={"name": run.name or path.stem, "recipe": run.recipe or path.stem})
+    return recipe.model_copy(update={"run": run})
 
 
 def load_toml_model(

@@ -33,6 +33,9 @@ class RunSection(Section):
         pattern=r"^[A-Za-z0-9._-]+$",
         description="Folder of the run below `root`; default: the recipe's file name.",
     )
+    recipe: str | None = Field(
+        None, description="Recipe that the run was started from; filled in when it is read."
+    )
     root: Path = Field(Path("runs"), description="Folder that holds the run folders.")
     seed: NonNegativeInt = Field(
         42, description="Seeds the question order, the learner and the tests of a run."
@@ -373,7 +376,8 @@ class TrackingSection(Section):
         True, description="Send metrics to MLflow; metrics.jsonl in the run folder is written either way."
     )
     uri: str | None = Field(
-        None, description="MLflow server; default: an SQLite store beside the run folders."
+        None,
+        description="MLflow server; default: $MLFLOW_TRACKING_URI, else an SQLite store beside the run folders.",
     )
     experiment: str = Field("slipstream", description="MLflow experiment.")
     samples_every: PositiveInt = Field(10, description="Steps between tables of sample responses.")

@@ -1,40 +1,40 @@
 """Deliver the spool of a run to MLflow, from a process of its own.
 
-Invariant: every complete line of the spool reaches the MLflow run, in order; what was delivered is remembered
-beside the spool, so that an outage, a crash or a resume neither loses points nor opens a second MLflow run.
-A point may be delivered twice after a crash (MLflow keeps both, equal): at least once, never not.
+Invariant: every complete line of the spool reaches one MLflow run, in order, and counts there once, whatever is
+killed, hangs or is away in between. How far it came is written down after MLflow's answer; what was sent and not
+answered is sent again, and MLflow keeps equal points once (`common.tracking.mlflow_run`).
 
 Nothing here can disturb training: it runs at low priority, reads only files, and no worker waits for it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common.tracking.spool import Record, read_spool
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from common.tracking.catalogue import full_name
+from common.tracking.delivery import Delivery, one_line, without_password
+from common.tracking.mlflow_run import MlflowRun, connect
+from common.tracking.spool import SPOOL, Record, read_spool
+from common.tracking.tables import Tables, flatten, is_table
 
 log = logging.getLogger("slipstream.tracking")
 
 POLL_S = 1.0
 RETRY_S = 5.0
-BATCH = 500
-PARAM_LENGTH = 6000
+BATCH = 100
+PATIENCE_S = 30.0
+NOT_METRICS = ("run", "samples", "event", "end")
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 def tracking_uri(uri: str | None, root: Path) -> str:
-    """The MLflow store of a recipe: `tracking.uri`, or an SQLite store beside the run folders."""
-    return uri or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+    """The MLflow store of a recipe: `tracking.uri`, else $MLFLOW_TRACKING_URI, else SQLite beside the run folders."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
 
 
 class Shipper:
@@ -45,14 +45,41 @@ class Shipper:
         uri: MLflow store; see `tracking_uri`.
         experiment: MLflow experiment, made when absent.
         run_name: name of the MLflow run.
+        tags: of the MLflow run.
+        files: of the run folder, uploaded when the run begins or goes on.
     """
 
-    def __init__(self, folder: Path, uri: str, experiment: str, run_name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
         self.folder, self.uri, self.experiment, self.run_name = folder, uri, experiment, run_name
-        self.spool = folder / "metrics.jsonl"
-        self._memory = folder / "tracking.json"
-        self._run_id, self._offset = self._remembered()
-        self._client: MlflowClient | None = None
+        self.spool = folder / SPOOL
+        self._tags, self._files = dict(tags or {}), files
+        self._delivery = Delivery.load(folder)
+        if self._delivery.uri not in ("", uri):  # another store knows nothing of what this one was sent
+            self._delivery = Delivery()
+        self._delivery.uri = uri
+        self._delivery.save(folder)
+        self._run: MlflowRun | None = None
+        self._tables = Tables()
+        self._last: Record | None = None  # that was delivered
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the MLflow run, once there is one."""
+        return self._delivery.mlflow_run
+
+    @property
+    def shown_uri(self) -> str:
+        """The store, without a password."""
+        return without_password(self.uri)
 
     def deliver(self) -> Record | None:
         """Deliver what is new; returns the run's `end` record once it has been delivered.
@@ -60,47 +87,64 @@ class Shipper:
         Raises:
             Exception: whatever MLflow raises when its store cannot be reached; nothing is lost, call again.
         """
-        client = self._connect()
+        run = self._run or self._open()
         batch: list[Record] = []
-        last: Record | None = None
-        for last in read_spool(self.spool, self._offset):
-            batch.append(last)
+        for record in read_spool(self.spool, self._delivery.offset):
+            batch.append(record)
             if len(batch) >= BATCH:
-                self._send(client, batch)
+                self._send(run, batch)
                 batch = []
-        self._send(client, batch)
+        self._send(run, batch)
+        self._upload(run)
         # A run that was stopped and resumed has an earlier `end` too: only one that nothing follows counts.
-        return last if last is not None and last.kind == "end" else None
+        return self._last if self._last is not None and self._last.kind == "end" else None
 
     def finish(self, end: Record, files: Iterable[Path]) -> None:
         """Upload the final files and close the MLflow run."""
-        client = self._connect()
+        run = self._run or self._open()
         for path in files:
-            if path.exists():
-                client.log_artifact(self._run_id, str(path))
-        client.set_terminated(self._run_id, STATUS.get(str(end.values.get("status")), "FINISHED"))
+            run.put_file(path)
+        run.close(STATUS.get(str(end.values.get("status")), "FINISHED"))
 
-    def _connect(self) -> MlflowClient:
-        if self._client is None:
-            from mlflow import MlflowClient
+    def note(self, error: Exception | None) -> None:
+        """Write down why MLflow takes nothing, or that it does again; said once in the log."""
+        before, self._delivery.error = self._delivery.error, None if error is None else one_line(error)
+        if self._delivery.error == before:
+            return
+        self._delivery.save(self.folder)
+        if error is None:
+            log.info("MLflow at %s takes points again", self.shown_uri)
+        elif before is None:
+            log.warning(
+                "MLflow at %s takes nothing; points are kept and sent later: %s",
+                self.shown_uri,
+                self._delivery.error,
+            )
 
-            client = MlflowClient(tracking_uri=self.uri)
-            if self._run_id is None:
-                self._run_id = self._create_run(client)
-                self._remember()
-            else:
-                client.update_run(self._run_id, status="RUNNING")
-            self._client = client
-        return self._client
-
-    def _create_run(self, client: MlflowClient) -> str:
-        found = client.get_experiment_by_name(self.experiment)
-        experiment_id = (
-            found.experiment_id
-            if found
-            else client.create_experiment(self.experiment, artifact_location=self._local_artifacts())
-        )
-        return client.create_run(experiment_id, run_name=self.run_name).info.run_id
+    def _open(self) -> MlflowRun:
+        """Connect; find or make the run; what belongs to its beginning."""
+        delivery, client = self._delivery, connect(self.uri)
+        if delivery.mlflow_run is None:
+            run = MlflowRun.find_or_create(
+                client, self.experiment, self.run_name, delivery.token, self._local_artifacts()
+            )
+        else:
+            run = MlflowRun(client, delivery.mlflow_run)
+            run.reopen()
+        delivery.mlflow_run, delivery.url = run.run_id, run.url(self.shown_uri)
+        delivery.save(self.folder)
+        run.set_tags(self._tags)
+        for path in self._files:
+            run.put_file(path)
+        self._tables = Tables()
+        for record in read_spool(self.spool):
+            if record.offset > delivery.offset:
+                break
+            self._tables.add(record)
+            self._last = record
+        log.info("MLflow run %s: %s", run.run_id, delivery.url or self.shown_uri)
+        self._run = run
+        return run
 
     def _local_artifacts(self) -> str | None:
         # A server knows where its artifacts go; a local store would put them in the working directory.
@@ -108,115 +152,87 @@ class Shipper:
             return None
         return (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.experiment).as_uri()
 
-    def _send(self, client: MlflowClient, batch: list[Record]) -> None:
+    def _send(self, run: MlflowRun, batch: Sequence[Record]) -> None:
         if not batch:
             return
-        metrics = [metric for record in batch for metric in _metrics(record)]
-        for start in range(0, len(metrics), 1000):
-            client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
+        run.log_metrics([metric for record in batch for metric in _metrics(record)])
         for record in batch:
-            self._send_special(client, record)
-        self._offset = batch[-1].offset
-        self._remember()
+            if record.kind == "run":
+                run.log_params(flatten(record.values.get("recipe", {})))
+        for record in batch:
+            self._tables.add(record)
+        self._last = batch[-1]
+        self._delivery.offset = batch[-1].offset
+        self._delivery.save(self.folder)
 
-    def _send_special(self, client: MlflowClient, record: Record) -> None:
-        if record.kind == "run":
-            _log_params(client, self._run_id, record.values.get("recipe", {}))
-        elif record.kind == "samples" and record.values.get("rows"):
-            rows: list[dict[str, Any]] = record.values["rows"]
-            keys = sorted({key for row in rows for key in row})
-            table = {
-                "step": [record.step] * len(rows),
-                **{k: [_cell(row.get(k)) for row in rows] for k in keys},
-            }
-            client.log_table(self._run_id, table, "samples.json")
-        elif record.kind == "event":
-            client.set_tag(
-                self._run_id, f"event.{int(record.time)}", str(record.values.get("text", ""))[:5000]
-            )
-
-    def _remembered(self) -> tuple[str | None, int]:
-        try:
-            memory = json.loads(self._memory.read_text())
-            return memory["mlflow_run"], int(memory["offset"])
-        except (OSError, ValueError, KeyError):
-            return None, 0
-
-    def _remember(self) -> None:
-        temporary = self._memory.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"mlflow_run": self._run_id, "offset": self._offset, "uri": self.uri})
-        )
-        os.replace(temporary, self._memory)
+    def _upload(self, run: MlflowRun) -> None:
+        for name, text in self._tables.changed().items():
+            run.put_text(name, text, table=is_table(name))
+            self._tables.uploaded(name)
 
 
-def ship_until_end(shipper: Shipper, finalise: Any, *, patience_s: float = 60.0) -> bool:
-    """Deliver until the run's end, then finalise and upload; True when everything was delivered.
+def ship_until_end(
+    shipper: Shipper, finalise: Callable[[Record], list[Path]], *, patience_s: float = PATIENCE_S
+) -> bool:
+    """Deliver until the run's end and what is written then; True when MLflow has everything.
 
     While the run goes on, an outage is waited out for ever; after its end for at most `patience_s` seconds.
 
     Args:
         shipper: what to deliver.
-        finalise: called once with the end record; returns the files to upload.
+        finalise: called once with the end record, whether or not MLflow answers; returns the files to upload.
         patience_s: seconds to go on trying after the end.
     """
-    complaint, ended_at, end, files = False, None, None, None
+    spool = SpoolEnd(shipper.spool)
+    files: list[Path] | None = None
+    ended_at = 0.0
     while True:
-        try:
-            end = end or shipper.deliver()
-            if end is not None:
-                files = finalise(end) if files is None else files
-                shipper.finish(end, files)
-                return True
-            complaint = False
-            time.sleep(POLL_S)
-        except Exception as error:  # MLflow raises whatever its store does; the run must not care
-            if not complaint:
-                log.warning(
-                    "MLflow at %s is not reachable; points are kept and sent later: %s", shipper.uri, error
-                )
-                complaint = True
-            if ended_at is None and _has_ended(shipper.spool):
-                ended_at = time.monotonic()
-            if ended_at is not None and time.monotonic() - ended_at > patience_s:
-                return False
-            time.sleep(RETRY_S)
+        if files is None and (end := spool.end()) is not None:
+            files, ended_at = finalise(end), time.monotonic()
+        delivered = _try(shipper, files)
+        if delivered:
+            return True
+        if files is not None and time.monotonic() - ended_at > patience_s:
+            return False
+        time.sleep(POLL_S if delivered is False else RETRY_S)
 
 
-def _has_ended(spool: Path) -> bool:
-    newest = deque(read_spool(spool), maxlen=1)
-    return bool(newest) and newest[0].kind == "end"
+def _try(shipper: Shipper, files: Sequence[Path] | None) -> bool | None:
+    """One attempt: True when all is delivered for good, False when more may come, None when MLflow is away."""
+    try:
+        end = shipper.deliver()
+        done = end is not None and files is not None
+        if end is not None and files is not None:
+            shipper.finish(end, files)
+        shipper.note(None)
+        return done
+    except Exception as error:  # MLflow raises whatever its store does; the run must not care
+        shipper.note(error)
+        return None
+
+
+class SpoolEnd:
+    """Watches a spool for the end of its run, reading each line once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._last: Record | None = None
+
+    def end(self) -> Record | None:
+        """The `end` record, if it is the last one."""
+        for record in read_spool(self._path, self._offset):
+            self._last, self._offset = record, record.offset
+        return self._last if self._last is not None and self._last.kind == "end" else None
 
 
 def _metrics(record: Record) -> list[Any]:
     from mlflow.entities import Metric
 
-    if record.kind in ("run", "samples", "event", "end"):
+    if record.kind in NOT_METRICS:
         return []
     stamp = int(record.time * 1000)
     return [
-        Metric(name if "/" in name else f"{record.kind}/{name}", float(value), stamp, record.step)
+        Metric(full_name(record.kind, name), float(value), stamp, record.step)
         for name, value in record.values.items()
         if isinstance(value, int | float)
     ]
-
-
-def _log_params(client: MlflowClient, run_id: str | None, recipe: dict[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in _flatten(recipe)]
-    for start in range(0, len(params), 100):
-        client.log_batch(run_id, params=params[start : start + 100])
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        flat.extend(
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-        )
-    return flat
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool) or value is None else json.dumps(value)

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SPOOL = "metrics.jsonl"
+
 
 class Record(NamedTuple):
-    """A point: `kind` (train, eval, actor, broker, samples, event, run, end), step, and its values."""
+    """A point: `kind` (a group of the catalogue, or samples, event, run, end), step, and its values."""
 
     offset: int
     time: float

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.tracking.catalogue import BUCKETS
 from learner.objectives.losses import TokenLoss, bounded_exp
 
-# First staleness (in policy versions) of each bucket, and its name in the tracker.
+# First staleness (in policy versions) of each bucket; the tracker names them `BUCKETS`.
 BUCKET_STARTS = (0, 1, 2, 3, 5, 9)
-BUCKET_NAMES = ("0", "1", "2", "3-4", "5-8", "9+")
 SUMS = (
     "tokens",
     "ratio",
@@ -56,14 +56,14 @@ class TokenMetrics:
         return TokenMetrics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
     def summary(self) -> dict[str, float]:
-        """Means over all tokens under plain names, and per staleness bucket under `name/staleness_<bucket>`.
+        """Means over all tokens under plain names, and per staleness bucket under `by_staleness/name_at_<bucket>`.
 
         `ratio_ess` is (Σρ)² / (T Σρ²), the share of the tokens that counts after weighting. A bucket without
         tokens reports nothing.
         """
         result = _means(self.sums.sum(0).tolist(), float(self.maxima.max()))
-        for name, row, largest in zip(BUCKET_NAMES, self.sums.tolist(), self.maxima.tolist(), strict=True):
-            result |= {f"{key}/staleness_{name}": value for key, value in _means(row, largest).items()}
+        for name, row, largest in zip(BUCKETS, self.sums.tolist(), self.maxima.tolist(), strict=True):
+            result |= {f"by_staleness/{key}_at_{name}": value for key, value in _means(row, largest).items()}
         return result
 
 

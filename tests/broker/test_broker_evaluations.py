@@ -116,8 +116,8 @@ def test_the_metrics_have_their_denominators() -> None:
     assert metrics["length"] == 6
     assert metrics["length_correct"] == 2
     assert metrics["length_incorrect"] == 8
-    assert metrics["eval/a/pass1"] == 0.5
-    assert metrics["eval/b_c/pass1"] == 0.0
+    assert metrics["a/pass1"] == 0.5
+    assert metrics["b_c/pass1"] == 0.0
 
 
 def test_a_whole_run_evaluates_first_between_and_last(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from common.tracking.spool import Spool, read_spool
 def test_points_come_back_in_order(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "m.jsonl")
     for step in range(5):
-        spool.append("train", step, {"loss": step / 2, "bad": math.nan, "list": [math.inf, 1.0]})
+        spool.append("learner", step, {"loss": step / 2, "bad": math.nan, "list": [math.inf, 1.0]})
     records = list(read_spool(spool.path))
     assert [r.step for r in records] == list(range(5))
     assert records[3].values == {"loss": 1.5, "bad": None, "list": [None, 1.0]}
@@ -26,12 +26,12 @@ def test_points_come_back_in_order(tmp_path: Path) -> None:
 def test_half_a_line_left_by_a_crash_spoils_nothing(tmp_path_factory, cut: int) -> None:
     path = tmp_path_factory.mktemp("spool") / "m.jsonl"
     spool = Spool(path)
-    spool.append("train", 0, {"a": 1.0})
+    spool.append("learner", 0, {"a": 1.0})
     whole = path.read_bytes()
-    spool.append("train", 1, {"a": 2.0})
+    spool.append("learner", 1, {"a": 2.0})
     path.write_bytes(path.read_bytes()[: len(whole) + cut])
     before = list(read_spool(path))
-    Spool(path).append("train", 2, {"a": 3.0})
+    Spool(path).append("learner", 2, {"a": 3.0})
     after = list(read_spool(path))
     assert before[0].step == 0
     assert [r.step for r in after if r.step != 1] == [0, 2]
@@ -39,7 +39,7 @@ def test_half_a_line_left_by_a_crash_spoils_nothing(tmp_path_factory, cut: int) 
 
 def test_a_line_being_written_waits(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    line = json.dumps({"time": 1.0, "kind": "train", "step": 0, "values": {}})
+    line = json.dumps({"time": 1.0, "kind": "learner", "step": 0, "values": {}})
     path.write_text(line)
     assert list(read_spool(path)) == []
     path.write_text(line + "\n")
@@ -49,5 +49,5 @@ def test_a_line_being_written_waits(tmp_path: Path) -> None:
 def test_a_full_disk_drops_points_and_counts_them(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "m.jsonl")
     spool.path = tmp_path  # a folder cannot be appended to
-    spool.append("train", 0, {})
+    spool.append("learner", 0, {})
     assert spool.dropped == 1

@@ -114,7 +114,7 @@ def demo(folder: Path, units: Path) -> dict[str, object]:
 def trained(folder: Path) -> int:
     """Steps in metrics.jsonl."""
     try:
-        return (folder / "metrics.jsonl").read_text().count('"kind": "train"')
+        return (folder / "metrics.jsonl").read_text().count('"kind": "learner"')
     except OSError:
         return 0
 

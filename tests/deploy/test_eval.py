@@ -221,7 +221,7 @@ class TestCommand:
         client = MlflowClient(f"sqlite:///{Path('runs/mlflow.db').resolve()}")
         experiment = client.get_experiment_by_name("slipstream-eval")
         (run,) = client.search_runs([experiment.experiment_id])
-        assert run.data.metrics["accuracy/average"] == pytest.approx(8 / 9)
+        assert run.data.metrics["eval/average"] == pytest.approx(8 / 9)
         assert run.data.params["template"] == "no"
 
     @pytest.mark.parametrize(

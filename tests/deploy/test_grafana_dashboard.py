@@ -17,7 +17,7 @@ from tests.scripted.broker import running_broker, scripted_recipe
 from tests.scripted.learner import ScriptedLearner
 
 # Reported by real learners, evaluations and GPUs, which are not here; a run's own log says which names there are.
-ELSEWHERE = {"slipstream_train", "slipstream_evaluation", "slipstream_telemetry"}
+ELSEWHERE = {"slipstream_learner", "slipstream_eval", "slipstream_telemetry"}
 
 
 def page_of(folder) -> str:
@@ -41,7 +41,7 @@ def samples(tmp_path_factory) -> list:
             thread.start()
         deadline = time.monotonic() + 60
         page = page_of(recipe.folder)
-        while 'slipstream_train{name="reward"}' not in page and time.monotonic() < deadline:
+        while 'slipstream_learner{name="reward"}' not in page and time.monotonic() < deadline:
             time.sleep(0.1)
             page = page_of(recipe.folder)
         for peer, thread in zip(peers, threads, strict=True):
@@ -68,7 +68,7 @@ def test_labels_of_reported_metrics_exist(samples):
     for name, labels in selectors():
         if name in known:
             assert set(labels) <= known[name] | {"le"}, name
-    assert known["slipstream_train"] == {"name"}
+    assert known["slipstream_learner"] == {"name"}
 
 
 def test_every_number_of_the_page_is_shown(samples):

@@ -33,14 +33,14 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "recipe.toml").write_text("")
     spool = Spool(tmp_path / "metrics.jsonl")
     for step, reward in enumerate([0.1, 0.2, 0.3, 0.4]):
-        spool.append("train", step, _train(reward))
+        spool.append("learner", step, _train(reward))
     return tmp_path
 
 
 def _train(reward: float) -> dict[str, float]:
     seconds = {"waiting": 1.0, "training": 3.0, "publishing": 0.0, "checkpointing": 0.0}
-    values = {f"train/seconds_{name}": value for name, value in seconds.items()}
-    return {**values, "train/reward": reward, "train/tokens_per_s": 100.0, "train/length": 9.0}
+    values = {f"seconds_{name}": value for name, value in seconds.items()}
+    return {**values, "reward": reward, "tokens_per_s": 100.0, "length": 9.0}
 
 
 def test_summary_of_a_run(folder: Path) -> None:
@@ -57,8 +57,8 @@ def test_summary_of_a_run(folder: Path) -> None:
 
 
 def test_steps_lost_in_a_rewind_do_not_count(folder: Path) -> None:
-    Spool(folder / "metrics.jsonl").append("train", 1, _train(0.7))
-    steps, rewards = read_points(folder).series("train", "train/reward")
+    Spool(folder / "metrics.jsonl").append("learner", 1, _train(0.7))
+    steps, rewards = read_points(folder).series("learner", "reward")
     assert (steps, rewards) == ([0, 1], [0.1, 0.7])
 
 

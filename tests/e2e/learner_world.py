@@ -72,7 +72,7 @@ def scripted_actor(address: str) -> Iterator[ScriptedActor]:
 def train_points(recipe: Recipe) -> dict[int, dict[str, Any]]:
     """Metrics of each step, the last word on each."""
     points = read_spool(recipe.folder / "metrics.jsonl")
-    return {record.step: record.values for record in points if record.kind == "train"}
+    return {record.step: record.values for record in points if record.kind == "learner"}
 
 
 def final_status(recipe: Recipe) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def step_of(folder: Path) -> int:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     except OSError:
         return -1
-    return max((json.loads(line)["step"] for line in lines if '"kind": "train"' in line), default=-1)
+    return max((json.loads(line)["step"] for line in lines if '"kind": "learner"' in line), default=-1)
 
 
 def until_step(folder: Path, step: int, launcher: subprocess.Popen) -> None:

@@ -55,11 +55,11 @@ def test_a_run_is_trained_to_its_end_and_exported(tmp_path: Path) -> None:
     points = train_points(recipe)
     assert sorted(points) == list(range(6))
     for values in points.values():
-        assert values["train/responses"] == 16
-        assert values["train/staleness_max"] <= recipe.batch.max_staleness
-        assert values["train/grad_norm"] > 0
-        assert 0 <= values["train/ratio_ess"] <= 1
-        assert values["train/skipped_updates"] == values["train/invalid_responses"] == 0
+        assert values["responses"] == 16
+        assert values["staleness_max"] <= recipe.batch.max_staleness
+        assert values["grad_norm"] > 0
+        assert 0 <= values["ratio_ess"] <= 1
+        assert values["skipped_updates"] == values["invalid_responses"] == 0
     status = final_status(recipe)
     assert status["ledger"]["sum_ok"]
     assert status["ledger"]["consumed"] == 24

@@ -87,11 +87,11 @@ def test_greedy_answers_equal_a_fresh_engines(run: tuple[Path, dict]) -> None:
 @pytest.mark.e2e
 def test_recorded_log_probabilities_are_the_learners(run: tuple[Path, dict]) -> None:
     folder, _ = run
-    steps = points(folder, "train")
-    mismatches = [step["train/mismatch_max"] for step in steps if "train/mismatch_max" in step]
+    steps = points(folder, "learner")
+    mismatches = [step["mismatch_max"] for step in steps if "mismatch_max" in step]
     assert mismatches, "some tokens must have been compared at the same version"
     assert max(mismatches) <= 1e-3
-    assert max(step["train/staleness_max"] for step in steps) <= 1
+    assert max(step["staleness_max"] for step in steps) <= 1
 
 
 @pytest.mark.e2e

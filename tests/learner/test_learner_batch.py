@@ -129,7 +129,7 @@ def test_rewards_count_filtered_groups_and_staleness_counts_tokens():
     assert metrics["reward"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert metrics["filtered_share"] == pytest.approx(2 / 3)
     assert metrics["staleness_mean"] == metrics["staleness_max"] == 2
-    assert metrics["staleness_share/2"] == 1
+    assert metrics["by_staleness/token_share_at_2"] == 1
     assert metrics["verdict_correct"] == 0.5
 
 

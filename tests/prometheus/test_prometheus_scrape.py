@@ -25,7 +25,7 @@ needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="no prometheus here (tests/slurm/install.sh installs it)"
 )
 pytestmark = [pytest.mark.slurm, needs_prometheus]
-SCRIPTED = ("slipstream_train", "slipstream_evaluation", "slipstream_telemetry")
+SCRIPTED = ("slipstream_learner", "slipstream_eval", "slipstream_telemetry")
 
 
 def free_port() -> int:

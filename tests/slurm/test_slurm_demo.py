@@ -50,7 +50,7 @@ def points(folder: Path, kind: str) -> list[dict]:
 
 def steps_done(folder: Path) -> int:
     """Steps that the broker has committed."""
-    return max((point["step"] for point in points(folder, "train")), default=-1) + 1
+    return max((point["step"] for point in points(folder, "learner")), default=-1) + 1
 
 
 def joined(folder: Path, name: str) -> int:
@@ -64,7 +64,7 @@ def joined(folder: Path, name: str) -> int:
 def assert_dashboard_knows(train: list[dict]) -> None:
     """The dashboard asks for metrics that a real learner reports."""
     reported = {name for point in train for name in point["values"]}
-    asked = [labels["name"] for metric, labels in selectors() if metric == "slipstream_train"]
+    asked = [labels["name"] for metric, labels in selectors() if metric == "slipstream_learner"]
     assert asked
     assert all(any(pattern.fullmatch(name) for name in reported) for pattern in asked)
 
@@ -92,7 +92,7 @@ def test_the_demo_survives_scaling_and_requeues(cluster: Cluster, submitted: Pat
     assert end["status"] == "finished"
     assert end["final"]["step"] == STEPS
     assert end["final"]["ledger"]["sum_ok"], end["final"]["ledger"]
-    assert_dashboard_knows(points(folder, "train"))
+    assert_dashboard_knows(points(folder, "learner"))
     assert "continuing from step" in (folder / "learner.log").read_text()
     wait_until(
         lambda: not queue.queued("slipstream-demo") + queue.queued("slipstream-demo-actors"), 60, "all leave"

@@ -23,7 +23,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
         started.append(command)
         folder = tmp_path / "r"
-        Spool(folder / "metrics.jsonl").append("train", 0, {"train/reward": 0.5})
+        Spool(folder / "metrics.jsonl").append("learner", 0, {"reward": 0.5})
         (folder / "summary.json").write_text(json.dumps(SUMMARY))
         return subprocess.CompletedProcess(command, 0)
 
@@ -44,7 +44,7 @@ def test_a_run_is_started_once(tmp_path: Path, commands: list[list[str]]) -> Non
 
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, commands: list[list[str]]) -> None:
-    Spool(tmp_path / "r" / "metrics.jsonl").append("train", 0, {"train/reward": 0.5})
+    Spool(tmp_path / "r" / "metrics.jsonl").append("learner", 0, {"reward": 0.5})
     pipeline.run_recipe("fig8-grpo", "r", tmp_path, {})
     assert "--resume" in commands[0]
 

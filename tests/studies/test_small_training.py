@@ -140,11 +140,11 @@ def test_countdown_text_answers_in_the_asked_form_and_search_pays() -> None:
 
 def test_points_of_a_pipeline_run_become_rows(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "metrics.jsonl")
-    spool.append("train", 0, {"train/reward": 0.1, "train/length": 5.0})
-    spool.append("train", 1, {"train/reward": 0.9})
-    spool.append("train", 2, {"train/reward": 0.9})
-    spool.append("train", 1, {"train/reward": 0.2})  # after a rewind
-    spool.append("eval", 0, {"greedy": 0.3, "eval/a/greedy": 0.2, "eval/b/greedy": 0.6})
+    spool.append("learner", 0, {"reward": 0.1, "length": 5.0})
+    spool.append("learner", 1, {"reward": 0.9})
+    spool.append("learner", 2, {"reward": 0.9})
+    spool.append("learner", 1, {"reward": 0.2})  # after a rewind
+    spool.append("eval", 0, {"greedy": 0.3, "a/greedy": 0.2, "b/greedy": 0.6})
     rows = rows_of(read_spool(tmp_path / "metrics.jsonl"))
     train_rows = [row for row in rows if row["kind"] == "train"]
     assert [(row["step"], row["reward"]) for row in train_rows] == [(0, 0.1), (1, 0.2)]

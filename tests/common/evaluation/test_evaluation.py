@@ -161,8 +161,8 @@ class TestReport:
         assert len({len(row) for row in (header, *rows)}) == 1
         assert [row[0] for row in rows] == ["s", "t", "average"]
         assert rows[0][2] == "33.3"
-        assert report.metrics()["accuracy/t"] == 1.0
-        assert report.metrics()["pass_at_4/s"] == pytest.approx(2 / 3)
+        assert report.metrics()["t/accuracy"] == 1.0
+        assert report.metrics()["s/pass_at_4"] == pytest.approx(2 / 3)
         assert json.loads(json.dumps(report.as_json()))["sets"]["s"]["accuracy"]["mean"] == pytest.approx(
             1 / 3
         )

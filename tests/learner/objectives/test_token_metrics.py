@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learner.objectives.losses import ppo_clip
-from learner.objectives.metrics import BUCKET_NAMES, BUCKET_STARTS, TokenMetrics, token_metrics
+from learner.objectives.metrics import BUCKET_STARTS, BUCKETS, TokenMetrics, token_metrics
 
 LOG_RATIO = torch.tensor([0.0, math.log(1.5), math.log(0.5), 0.1])
 ADVANTAGES = torch.tensor([1.0, 1.0, -1.0, 1.0])
@@ -41,21 +41,23 @@ def test_adding_parts_gives_the_whole_and_zero_is_neutral():
 
 def test_buckets_by_staleness():
     summary = measure(staleness=torch.tensor([0, 4, 4, 20])).summary()
-    assert summary["tokens/staleness_0"] == 1
-    assert summary["tokens/staleness_3-4"] == 2
-    assert summary["ratio_max/staleness_3-4"] == pytest.approx(1.5)
-    assert summary["tokens/staleness_9+"] == 1
-    assert "tokens/staleness_1" not in summary
+    assert summary["by_staleness/tokens_at_0"] == 1
+    assert summary["by_staleness/tokens_at_3-4"] == 2
+    assert summary["by_staleness/ratio_max_at_3-4"] == pytest.approx(1.5)
+    assert summary["by_staleness/tokens_at_9-up"] == 1
+    assert "by_staleness/tokens_at_1" not in summary
 
 
 def test_every_staleness_falls_into_the_bucket_that_its_name_says():
     for staleness in range(30):
         metrics = measure(staleness=torch.full((4,), staleness))
-        (name,) = (key.split("_")[-1] for key in metrics.summary() if key.startswith("tokens/"))
+        (name,) = (
+            key.split("_")[-1] for key in metrics.summary() if key.startswith("by_staleness/tokens_at_")
+        )
         low, _, high = name.partition("-")
-        assert int(low.rstrip("+")) <= staleness
-        assert name.endswith("+") or staleness <= int(high or low)
-    assert len(BUCKET_NAMES) == len(BUCKET_STARTS)
+        assert int(low) <= staleness
+        assert high == "up" or staleness <= int(high or low)
+    assert len(BUCKETS) == len(BUCKET_STARTS)
 
 
 def test_correction_and_its_drops():

@@ -1,0 +1,95 @@
+"""How far a run's points have come on their way to MLflow: `tracking.json` in the run folder.
+
+Invariant: written whole or not at all, by the tracker alone. Everybody else only reads it, beside the spool, and
+can so say what MLflow does not have yet without asking MLflow or the tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from common.tracking.spool import SPOOL, read_spool
+
+FILE = "tracking.json"
+ERROR_LENGTH = 300
+
+
+@dataclass
+class Delivery:
+    """What the tracker remembers.
+
+    Attributes:
+        token: names the run for MLflow, so that a run whose creation was never answered is found again.
+        mlflow_run: id of the MLflow run; None until there is one.
+        offset: bytes of the spool that were delivered.
+        uri: MLflow store.
+        url: where to look at the run; None until there is one, and where the store is a database without a server.
+        error: why MLflow does not take anything at present; None when it does.
+    """
+
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    mlflow_run: str | None = None
+    offset: int = 0
+    uri: str = ""
+    url: str | None = None
+    error: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Delivery:
+        """As saved, or the beginning."""
+        try:
+            saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            return cls(**{name: saved[name] for name in cls.__dataclass_fields__ if name in saved})
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def save(self, folder: Path) -> None:
+        """Write it down."""
+        temporary = folder / f"{FILE}.tmp"
+        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(temporary, folder / FILE)
+
+
+def tracking_view(folder: Path, now: float | None = None) -> dict[str, Any] | None:
+    """What `status` shows of the delivery; None for a run that is not tracked, or not yet.
+
+    Returns:
+        `uri`, `run` (id) and `url` (without passwords), `points_behind` (lines of the spool that MLflow does not have),
+        `seconds_behind` (age of the oldest of them) and `error`.
+    """
+    if not (folder / FILE).exists():
+        return None
+    delivery = Delivery.load(folder)
+    points, oldest = 0, None
+    for record in read_spool(folder / SPOOL, delivery.offset):
+        points += 1
+        oldest = oldest if oldest is not None else record.time
+    return {
+        "uri": without_password(delivery.uri),
+        "run": delivery.mlflow_run,
+        "url": delivery.url,
+        "points_behind": points,
+        "seconds_behind": 0.0 if oldest is None else max(0.0, (now or time.time()) - oldest),
+        "error": delivery.error,
+    }
+
+
+def without_password(uri: str) -> str:
+    """A URI that may be shown."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, for people."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:ERROR_LENGTH]
