@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from actors.engine import Engine, Sample, Sampling
@@ -256,8 +257,8 @@ class Rollout:
         verified = time.monotonic()
         self._meters.scored(scores, verified - generated)
         header = _header(assignment, samples, scores, prompt_tokens=len(prompt), era=era, actor=self._name)
-        header = header.model_copy(
-            update={"generate_s": generated - started, "verify_s": verified - generated}
+        header = msgspec.structs.replace(
+            header, generate_s=generated - started, verify_s=verified - generated
         )
         await self._publish(Publish(header=header), _payload(prompt, samples))
 

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import zmq
@@ -145,7 +146,7 @@ def relay_rate(steps: int) -> Rate:
     assignment = Assignment(
         group=GroupId(0, 0), lease=1, question={"problem": "?"}, samples=GROUP, deadline_s=1.0
     )
-    frames = publish_frames(assignment.model_dump(), "actor", GROUP, TOKENS, (0, 0))
+    frames = publish_frames(msgspec.to_builtins(assignment), "actor", GROUP, TOKENS, (0, 0))
     try:
         server = psutil.Process(process.pid)
         groups = (steps + 2) * PER_STEP

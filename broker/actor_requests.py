@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
+from broker import staleness
 from broker.checks import check_group
 from broker.ending import Ending
 from broker.group import Facts, Group
@@ -47,7 +50,7 @@ class Waiting(NamedTuple):
 
 
 class ActorRequests:
-    """Handlers have the signature (origin, peer, message, now); `publish` takes the frames before `now`."""
+    """Handlers have the signature (origin, peer, message, now); `publish` takes header frame and payload before `now`."""
 
     def __init__(self, state: RunState, outbox: Outbox, ending: Ending) -> None:
         self._state, self._outbox, self._ending = state, outbox, ending
@@ -99,7 +102,7 @@ class ActorRequests:
         waiting = self._waiting.get(connection) if connection is not None else None
         if waiting is None or (era, version) <= (waiting.message.era, waiting.message.version):
             return
-        newer = waiting.message.model_copy(update={"era": era, "version": version})
+        newer = msgspec.structs.replace(waiting.message, era=era, version=version)
         self._count(waiting, -1)
         self._waiting[waiting.origin.connection] = renewed = waiting._replace(message=newer)
         self._count(renewed, +1)
@@ -163,10 +166,9 @@ class ActorRequests:
         return True
 
     def _share(self, waiting: Waiting) -> int:
-        """An actor's fair share of all that may be in flight, so that the first to come leaves some to others."""
-        rules = self._state.ledger.rules
-        window = (rules.max_staleness + 1) * rules.groups_per_step
-        fair = math.ceil(window / max(1, self._state.members.living_actors))
+        """Groups that an actor may be leased now: no more than it asks for, and than its fair share leaves."""
+        rules, actors = self._state.ledger.rules, self._state.members.living_actors
+        fair = staleness.fair_share(rules.groups_per_step, rules.max_staleness, actors)
         return max(0, min(waiting.message.capacity, fair - self._state.ledger.held_by(waiting.actor)))
 
     def _send_grant(self, waiting: Waiting, groups: Sequence[Group], job: EvalJob | None) -> None:
@@ -181,7 +183,7 @@ class ActorRequests:
             }
             for group in groups
         ]
-        grant = {"groups": assignments, "evaluation": job.model_dump() if job else None, "reason": None}
+        grant = {"groups": assignments, "evaluation": job, "reason": None}
         self._last_grant[waiting.actor] = (waiting.origin, grant)
         self._outbox.reply_plain(waiting.origin, "grant", grant, durable=True)
 
@@ -206,10 +208,16 @@ class ActorRequests:
     # --- groups ----------------------------------------------------------------------------------------------
 
     def publish(
-        self, origin: Origin, peer: Peer, message: Publish, frames: Sequence[Buffer], now: float
+        self,
+        origin: Origin,
+        peer: Peer,
+        message: Publish,
+        frame: bytes,
+        payload: Sequence[Buffer],
+        now: float,
     ) -> None:
         """Check a group, put it into ledger and store, acknowledge once both are saved."""
-        header, payload, state = message.header, frames[1:], self._state
+        header, state = message.header, self._state
         if header.actor != peer.name:
             raise MalformedMessage(f"published as {header.actor} by {peer.name}")
         profile = Profile.of(header)
@@ -223,7 +231,7 @@ class ActorRequests:
             return
         if outcome.status == "accepted":
             buffers = [_compact(part) for part in payload]
-            state.store.put(header.group, Entry(bytes(frames[0]), buffers, profile))
+            state.store.put(header.group, Entry(frame, buffers, profile))
         if outcome.status != "duplicate":
             self._measure(peer, profile.lengths, outcome.status, now)
             state.meters.rollouts.add(header.responses, state.ledger.version - min(profile.versions))

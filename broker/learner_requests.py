@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from broker.batch import batch_frame
+from broker.batch import batch_body
 from broker.ending import Ending
 from broker.group import Group, LedgerError, State
 from broker.members import Peer
@@ -24,7 +24,6 @@ from common.messages import (
     Batch,
     Commit,
     Fetch,
-    GroupHeader,
     Payloads,
     Pin,
     Rewind,
@@ -133,7 +132,7 @@ class LearnerRequests:
         if groups is None:
             return False
         self._starved_since = None
-        self._outbox.reply_packed(origin, self._batch(origin.request, step, groups), durable=True)
+        self._outbox.reply_plain(origin, "batch", self._batch(step, groups), durable=True)
         return True
 
     def _expired(self, count: int) -> None:
@@ -142,10 +141,10 @@ class LearnerRequests:
             f"{count} groups were too stale for step {state.ledger.next_step} and expired", warning=True
         )
 
-    def _batch(self, request: int, step: int, groups: Sequence[Group]) -> bytes:
+    def _batch(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
         headers = [self._entry(group).packed_header for group in groups if group.state != State.FILTERED]
         rewards = [group.reward for group in groups if group.state == State.FILTERED]
-        return batch_frame(request, step, headers, len(groups), rewards)
+        return batch_body(step, headers, len(groups), rewards)
 
     def _entry(self, group: Group) -> Entry:
         entry = self._state.store.get(group.key)
@@ -154,7 +153,7 @@ class LearnerRequests:
 
     def _profile(self, group: Group) -> Profile:
         entry = self._entry(group)
-        return entry.profile or Profile.of(GroupHeader.model_validate(entry.header))
+        return entry.profile or Profile.of(entry.header)
 
     def _waits_for(self, now: float) -> str:
         state = self._state

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgpack
-
 from broker.store import Buffer
-from common.messages import PROTOCOL, Message, Refused, encode
+from common.messages import Message, Refused, encode, encode_plain
 
 
 class Origin(NamedTuple):
@@ -46,13 +44,7 @@ class Outbox:
         self, origin: Origin, kind: str, body: Mapping[str, Any], *, durable: bool = False
     ) -> None:
         """Answer with a body of plain values that were validated when they came in (no second validation)."""
-        self.reply_packed(
-            origin, msgpack.packb([PROTOCOL, kind, origin.request, body], use_bin_type=True), durable=durable
-        )
-
-    def reply_packed(self, origin: Origin, header: bytes, *, durable: bool = False) -> None:
-        """Answer with a header frame that is made already."""
-        self._replies.append(Outgoing(origin, [header], durable))
+        self._replies.append(Outgoing(origin, [encode_plain(kind, origin.request, body)], durable))
 
     def refuse(self, origin: Origin, code: Any, reason: str) -> None:
         """Answer that nothing was done, and why."""

@@ -10,14 +10,13 @@ The loop calls `receive` for each message, then `settle` once, saves the store, 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
-
-import msgpack
 
 from broker.actor_requests import ActorRequests
-from broker.ending import Ending
+from broker.alarm import Alarm
+from broker.ending import Command, Ending
 from broker.group import LedgerError
 from broker.learner_requests import LearnerRequests
 from broker.members import LEFT, MAX_PEERS, Peer
@@ -27,25 +26,29 @@ from broker.status import group_view, snapshot
 from broker.store import Buffer
 from common.messages import (
     Ack,
+    Drain,
     Goodbye,
     GroupQuery,
     Heartbeat,
     Hello,
     MalformedMessage,
     Message,
+    Stacks,
     Status,
     StatusQuery,
     Stop,
     Welcome,
     decode,
+    request_number,
 )
 
 log = logging.getLogger("slipstream.broker")
 
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
-COMMON_KINDS = ("heartbeat", "goodbye", "stop", "status_query", "group_query")
+COMMON_KINDS = ("heartbeat", "goodbye", "stop", "drain", "stacks", "status_query", "group_query")
 ABSENT_S = 2.0
+SKEW_S = 60.0  # of a peer's clock: more than a heartbeat that was sent again can be late
 INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
 
 
@@ -57,6 +60,16 @@ def software_version() -> str:
         return "0"
 
 
+def compatible(one: str, other: str) -> bool:
+    """Whether two versions may meet: the same major version, and before 1.0 the same minor one too.
+
+    A checkout that is not installed calls itself "0", and meets any 0.x.
+    """
+    ours, theirs = one.split("."), other.split(".")
+    depth = 2 if ours[0] == "0" and "0" not in (one, other) else 1
+    return ours[:depth] == theirs[:depth]
+
+
 class Service:
     """See the module's docstring."""
 
@@ -66,12 +79,16 @@ class Service:
         self.ending = Ending(state.members, state.recipe.broker.final_eval_s)
         self.actors = ActorRequests(state, self.outbox, self.ending)
         self.learner = LearnerRequests(state, self.outbox, self.ending)
+        self.alarm = Alarm(state, self.ending, self.learner.waiting_since)
+        self._draining: dict[str, str] = {}  # actors that are to leave, and why
         self._software = software_version()
         self._last_tick: float | None = None
         self._handlers: dict[str, Callable[..., None]] = {
             "heartbeat": self._heartbeat,
             "goodbye": self._goodbye,
             "stop": self._stop,
+            "drain": self._drain,
+            "stacks": self._stacks,
             "status_query": self._status,
             "group_query": self._group,
             **{kind: getattr(self.actors, kind) for kind in ACTOR_KINDS},
@@ -84,14 +101,15 @@ class Service:
     def receive(self, connection: bytes, frames: Sequence[Buffer], now: float) -> None:
         """Take in one message: `frames` are the header and the payload."""
         self.state.meters.messages_in += 1
+        header = bytes(frames[0]) if frames else b""
         try:
-            message, request = decode(bytes(frames[0])) if frames else _no_header()
+            message, request = decode(header)
         except MalformedMessage as error:
-            self._bad(Origin(connection, _request_number(frames)), str(error))
+            self._bad(Origin(connection, request_number(header)), str(error))
             return
         origin = Origin(connection, request)
         try:
-            self._answer(origin, message, frames, now)
+            self._answer(origin, message, header, frames[1:], now)
         except MalformedMessage as error:
             self._bad(origin, f"{message.kind}: {error}")
         except LedgerError as error:
@@ -117,12 +135,14 @@ class Service:
             self.state.event(f"lease {group.lease} of group {group.key} ran out", warning=True)
         self.state.evaluations.tick(now)
         self._finish(now)
+        self.alarm.tick(now)
 
     def _excuse_own_absence(self, now: float) -> None:
         """If the broker itself stood still (a slow disk, a suspended machine), nobody else was silent."""
         absent, self._last_tick = now - (self._last_tick or now), now
         if absent > ABSENT_S:
             self.state.members.excuse(absent)
+            self.state.standstill.excuse(absent)
             self.state.ledger.excuse(absent)
 
     def _finish(self, now: float) -> None:
@@ -143,8 +163,10 @@ class Service:
 
     # --- routing -------------------------------------------------------------------------------------------
 
-    def _answer(self, origin: Origin, message: Message, frames: Sequence[Buffer], now: float) -> None:
-        if len(frames) > 1 and message.kind != "publish":
+    def _answer(
+        self, origin: Origin, message: Message, header: bytes, payload: Sequence[Buffer], now: float
+    ) -> None:
+        if payload and message.kind != "publish":
             raise MalformedMessage("it has no payload")
         if isinstance(message, Hello):
             self._hello(origin, message, now)
@@ -163,7 +185,7 @@ class Service:
             return
         handler = self._handlers[message.kind]
         if message.kind == "publish":
-            handler(origin, peer, message, frames, now)
+            handler(origin, peer, message, header, payload, now)
         else:
             handler(origin, peer, message, now)
 
@@ -221,10 +243,16 @@ class Service:
         name = self.state.recipe.run.name
         if hello.run is not None and hello.run != name:
             return f"this broker serves the run '{name}', not '{hello.run}'"
-        if hello.software.split(".")[0] != self._software.split(".")[0]:
-            return f"this broker is Slipstream {self._software}, the peer is {hello.software}"
+        if not compatible(hello.software, self._software):
+            return (
+                f"this broker is Slipstream {self._software} and {hello.peer} on {hello.host} is {hello.software}: "
+                "install the same version there"
+            )
         if None not in (hello.tokenizer, self.state.tokenizer) and hello.tokenizer != self.state.tokenizer:
-            return "the tokenizer differs from that of the others in this run (model.path)"
+            return (
+                f"the tokenizer of {hello.peer} on {hello.host} differs from that of the others in this run: "
+                "model.path must hold the same model on every host"
+            )
         return None
 
     def _conflict(self, hello: Hello) -> str | None:
@@ -259,15 +287,52 @@ class Service:
             state.ledger.renew(peer.name, beat.leases, now)
             self.actors.holds(peer, beat.era, beat.version)
         state.members.heard(peer, beat)
+        self._compare_clocks(peer, beat)
         pulse = {
             "step": state.ledger.step,
             "version": state.ledger.version,
             "era": state.ledger.era,
-            "weights": state.weights.model_dump() if state.weights else None,
-            "command": self.ending.command(peer.role, now),
-            "reason": self.ending.reason,
+            "weights": state.weights,
+            "command": self._command(peer, now),
+            "reason": self.ending.reason or self._draining.get(peer.name),
+            "dump_stacks": self.alarm.request,
+            "actors": [p.name for p in state.members.living("actor")] if peer.role == "learner" else None,
         }
         self.outbox.reply_plain(origin, "pulse", pulse)
+
+    def _command(self, peer: Peer, now: float) -> Command:
+        command = self.ending.command(peer.role, now)
+        return "drain" if command == "run" and peer.name in self._draining else command
+
+    def _compare_clocks(self, peer: Peer, beat: Heartbeat) -> None:
+        """Say once that a peer's clock is off. Nothing depends on it: leases count on the broker's own clock."""
+        if beat.time is None or peer.clock_off or abs(skew := beat.time - time.time()) < SKEW_S:
+            return
+        peer.clock_off = True
+        side = "ahead of" if skew > 0 else "behind"
+        self.state.event(
+            f"the clock of {peer.name} on {peer.host} is {abs(skew):.0f} s {side} the broker's: leases are not "
+            "affected, but times in its log do not line up; let chronyd or systemd-timesyncd keep it",
+            warning=True,
+        )
+
+    def _drain(self, origin: Origin, peer: Peer, message: Drain, now: float) -> None:
+        """Tell actors to leave when their work in hand is done; the others stay."""
+        strangers = [name for name in message.actors if not self._is_actor(name)]
+        if strangers:
+            raise LedgerError("conflict", f"no actor of this run is called {', '.join(strangers[:5])}")
+        for name in message.actors:
+            self._draining[name] = message.reason
+        self.state.event(f"{peer.name} sends {', '.join(message.actors)} away: {message.reason}")
+        self.outbox.reply(origin, Ack())
+
+    def _is_actor(self, name: str) -> bool:
+        peer = self.state.members.peers.get(name)
+        return peer is not None and peer.alive and peer.role == "actor"
+
+    def _stacks(self, origin: Origin, peer: Peer, message: Stacks, now: float) -> None:
+        self.alarm.answered(peer, message)
+        self.outbox.reply(origin, Ack())
 
     def _goodbye(self, origin: Origin, peer: Peer, message: Goodbye, now: float) -> None:
         self.outbox.reply(origin, Ack())
@@ -279,6 +344,7 @@ class Service:
     def _remove(self, peer: Peer, outcome: str, reason: str, now: float) -> None:
         state = self.state
         state.members.leave(peer, f"{outcome}: {reason}")
+        self._draining.pop(peer.name, None)
         if peer.role == "observer":
             return
         state.changed = True
@@ -304,17 +370,3 @@ class Service:
     def _ask_for_evaluation(self) -> None:
         ledger = self.state.ledger
         self.state.evaluations.at(ledger.version, final=ledger.finished)
-
-
-def _no_header() -> Any:
-    raise MalformedMessage("a message without a header")
-
-
-def _request_number(frames: Sequence[Buffer]) -> int:
-    """The request number of a message that is otherwise malformed, so that its sender learns why; else 0."""
-    try:
-        outer = msgpack.unpackb(bytes(frames[0]), raw=False)
-        number = outer[2]
-    except Exception:  # whatever is wrong with it, there is no number
-        return 0
-    return number if type(number) is int and 0 <= number < 2**63 else 0

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from broker.checks import Limits
 from broker.evaluation import Evaluations
 from broker.group import Rules
 from broker.ledger import Ledger
 from broker.members import Members
 from broker.meters import Meters
+from broker.standstill import Standstill
 from broker.store import Store
 from common.messages import EvalQuestion, WeightsAddress
 from common.recipe.schema import Recipe
@@ -108,6 +111,7 @@ class RunState:
         self.members = Members(recipe.broker.dead_after_s, recipe.broker.max_bad_messages)
         self.evaluations = evaluations_of(recipe, held_out)
         self.meters = Meters()
+        self.standstill = Standstill(recipe.broker.no_progress_s)
         self.spool = Spool(folder / "metrics.jsonl")
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.tokenizer: str | None = None
@@ -136,7 +140,7 @@ class RunState:
         """What the journal keeps besides the ledger (plain types)."""
         return {
             "tokenizer": self.tokenizer,
-            "weights": self.weights.model_dump() if self.weights else None,
+            "weights": msgspec.to_builtins(self.weights),
             "pinned": self.pinned,
             "last_train": self.last_train,
             "first_lease_time": self.first_lease_time,

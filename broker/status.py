@@ -13,7 +13,7 @@ from broker.ending import Ending
 from broker.group import Group, LedgerError, State
 from broker.state import RunState
 from broker.store import Buffer
-from common.messages import GroupHeader, GroupId, GroupView
+from common.messages import GroupId, GroupView
 from common.tracking.delivery import tracking_view
 
 LEASES_SHOWN = 100
@@ -57,8 +57,10 @@ def snapshot(
         "rollouts": state.meters.rollouts.last,
         "evaluations": state.evaluations.history,
         "evaluation_open": state.evaluations.waiting is not None or bool(state.evaluations.running),
+        "evaluation": _open_evaluation(state, now),
         "pinned": state.pinned,
         "waits": _waits(state, learner_waits_s, now),
+        "no_progress": state.standstill.view(now),
         "rates": _rates(state, now),
         "tracking": tracking_view(state.folder) if state.recipe.tracking.enabled else None,
         "events": list(state.events),
@@ -89,6 +91,20 @@ def _rates(state: RunState, now: float) -> dict[str, Any]:
         "messages_in": state.meters.messages_in,
         "bad_messages": state.meters.bad_messages,
     }
+
+
+def _open_evaluation(state: RunState, now: float) -> dict[str, Any] | None:
+    """The oldest evaluation in an actor's hands, else the one that waits for an actor, else None."""
+    evaluations = state.evaluations
+    if evaluations.running:
+        running = min(evaluations.running.values(), key=lambda job: job.since)
+        seconds = round(now - running.since, 3)
+        return {"version": running.job.requested, "actor": running.actor, "seconds": seconds}
+    if evaluations.waiting is not None:
+        since = state.last_commit_time or state.started
+        seconds = round(max(0.0, time.time() - since), 3)
+        return {"version": evaluations.waiting.requested, "actor": None, "seconds": seconds}
+    return None
 
 
 def _waits(state: RunState, learner_waits_s: float | None, now: float) -> list[dict[str, Any]]:
@@ -144,6 +160,6 @@ def group_view(state: RunState, key: GroupId) -> tuple[GroupView, Sequence[Buffe
     if group is None:
         raise LedgerError("conflict", f"group {key} was never leased")
     entry = state.store.get(key)
-    header = GroupHeader.model_validate(entry.header) if entry else None
+    header = entry.header if entry else None
     view = GroupView(state=group.state.name.lower(), question=state.questions[key.index], header=header)
     return view, entry.payload if entry else ()

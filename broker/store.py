@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import msgpack
+import msgspec
 import zmq
 
 from broker.ledger import Ledger
 from broker.meters import Profile
-from common.messages import GroupId
+from common.messages import GroupHeader, GroupId, Part, decode_part, open_frame
 
 Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy
 
@@ -30,22 +30,21 @@ class Entry(NamedTuple):
     profile: Profile | None = None
 
     @property
-    def header(self) -> dict[str, Any]:
-        """The group's header as a plain map (see `messages.GroupHeader`)."""
-        return msgpack.unpackb(self.frame, raw=False)[3]["header"]
+    def packed_header(self) -> msgspec.Raw:
+        """The header as msgpack, cut out of the frame."""
+        _, _, body = open_frame(self.frame)
+        return decode_part(_Published, body, "publish").header
 
     @property
-    def packed_header(self) -> bytes:
-        """The header as msgpack, cut out of the frame."""
-        unpacker = msgpack.Unpacker(max_buffer_size=len(self.frame), read_size=len(self.frame))
-        unpacker.feed(self.frame)
-        unpacker.read_array_header()
-        for _ in range(3):
-            unpacker.skip()
-        if unpacker.read_map_header() != 1:  # a key given twice: only what was validated may go on
-            return msgpack.packb(self.header)
-        unpacker.skip()
-        return self.frame[unpacker.tell() :]
+    def header(self) -> GroupHeader:
+        """The group's header."""
+        return decode_part(GroupHeader, self.packed_header, "group")
+
+
+class _Published(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of a `Publish` whose header stays packed."""
+
+    header: msgspec.Raw
 
 
 class StoreFull(Exception):  # noqa: N818 - a state of the disk, not a defect

@@ -11,30 +11,30 @@ goes up whenever the learner rewinds, so (era, version) names one policy for goo
 
 from __future__ import annotations
 
+import functools
+from numbers import Integral, Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-import msgpack
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    Strict,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+import msgspec
+from msgspec import Meta
 
 from common.errors import SlipstreamError
 
 PROTOCOL = 1
 MAX_HEADER_BYTES = 16 << 20
+MAX_STACKS_CHARS = 1 << 20
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Text = Annotated[str, Field(max_length=1 << 20)]
-Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# msgspec compares with these bounds and a NaN passes no comparison, so what is bounded is finite.
+_LARGEST = 1.7e308
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Tokens = Annotated[int, Meta(ge=1, le=1 << 22)]
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Text = Annotated[str, Meta(max_length=1 << 20)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Number = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+Samples = Annotated[int, Meta(ge=1, le=65536)]
+Temperature = Annotated[float, Meta(gt=0, le=1e9)]
 Cause = Literal["leaving", "failed", "unanswerable"]
 Verdict = Literal["correct", "wrong", "unformatted", "truncated", "unverified"]
 
@@ -46,45 +46,34 @@ class MalformedMessage(SlipstreamError):  # noqa: N818 - it names what arrived
 class GroupId(NamedTuple):
     """A question in an epoch: `epoch` passes over the set before it, `index` into the question set."""
 
-    epoch: int
-    index: int
+    epoch: Count
+    index: Count
 
     def __str__(self) -> str:
         return f"{self.epoch}:{self.index}"
 
 
-class Part(BaseModel):
-    """A piece of a message: strict types, no unknown fields, immutable."""
+class VersionRun(NamedTuple):
+    """So many consecutive tokens of a response were sampled by this version."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    version: Count
+    tokens: Tokens
 
 
-class Message(Part):
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of a message: strict types when it is decoded, no unknown fields, immutable."""
+
+
+class Message(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A message: its kind is the snake-case name on the wire."""
 
     kind: ClassVar[str]
-    _kinds: ClassVar[dict[str, type[Message]]] = {}
+    kinds: ClassVar[dict[str, type[Message]]] = {}
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         cls.kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
-        Message._kinds[cls.kind] = cls
-
-
-def _group_id(value: Any) -> GroupId:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError("a group is a pair (epoch, index)")
-    for part in value:
-        if not isinstance(part, int) or isinstance(part, bool) or not 0 <= part < 2**53:
-            raise ValueError("epoch and index are whole numbers from 0")
-    return GroupId(*value)
-
-
-GroupKey = Annotated[GroupId, PlainValidator(_group_id)]
-
-
-# (version, tokens). Not strict, as msgpack has lists where Python has tuples; its numbers are strict still.
-VersionRun = Annotated[tuple[Count, Annotated[int, Field(ge=1, le=2**53)]], Strict(False)]
+        Message.kinds[cls.kind] = cls
 
 
 # --- parts -----------------------------------------------------------------------------------------------
@@ -99,24 +88,21 @@ class WeightsAddress(Part):
 
 
 class Assignment(Part):
-    """One leased question: sample `samples` responses of it within `deadline_s` seconds."""
+    """One leased question: sample `samples` responses of it within `deadline_s` seconds.
 
-    group: GroupKey
-    lease: Count = Field(
-        description="Which lease of the group this is; a later lease makes an earlier one void."
-    )
-    question: dict[str, Any] = Field(
-        description="At least `problem` and `answer`; custom rewards see all of it."
-    )
-    samples: Annotated[int, Field(ge=1, le=65536)]
+    `lease` says which lease of the group this is: a later one makes an earlier one void. `question` has at least
+    `problem` and `answer`; a reward of the user's own sees all of it.
+    """
+
+    group: GroupId
+    lease: Count
+    question: dict[str, Any]
+    samples: Samples
     deadline_s: Seconds
 
-    @field_validator("question")
-    @classmethod
-    def _has_problem(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(value.get("problem"), str):
+    def __post_init__(self) -> None:
+        if not isinstance(self.question.get("problem"), str):
             raise ValueError("question has no `problem` text")
-        return value
 
 
 class EvalQuestion(Part):
@@ -134,8 +120,8 @@ class EvalJob(Part):
     requested: Count
     questions: list[EvalQuestion]
     samples: Count
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    max_tokens: Annotated[int, Field(ge=1)]
+    temperature: Temperature
+    max_tokens: Annotated[int, Meta(ge=1)]
 
 
 class Scored(Part):
@@ -159,29 +145,30 @@ class EvalRow(Part):
 class ResponseHeader(Part):
     """One response: `tokens` sampled, `versions` run-length pairs (version, tokens) that add up to it."""
 
-    tokens: Annotated[int, Field(ge=1, le=1 << 22)]
+    tokens: Tokens
     reward: Number
     verdict: Verdict
     finish: Literal["stop", "length"]
     versions: list[VersionRun]
 
-    @model_validator(mode="after")
-    def _versions_cover_the_tokens(self) -> ResponseHeader:
-        if sum(count for _, count in self.versions) != self.tokens:
+    def __post_init__(self) -> None:
+        covered = 0
+        for _, tokens in self.versions:
+            covered += tokens
+        if covered != self.tokens:
             raise ValueError("version runs do not add up to the tokens of the response")
-        return self
 
 
 class GroupHeader(Part):
     """A scored group. Its payload is three buffers: prompt ids int32 [P]; response ids int32 [sum T];
     behaviour log-probabilities float32 [sum T] (nats, of the distribution really sampled from)."""
 
-    group: GroupKey
+    group: GroupId
     lease: Count
     era: Count
     actor: Name
-    prompt_tokens: Annotated[int, Field(ge=1, le=1 << 22)]
-    responses: Annotated[list[ResponseHeader], Field(min_length=1, max_length=65536)]
+    prompt_tokens: Tokens
+    responses: Annotated[list[ResponseHeader], Meta(min_length=1, max_length=65536)]
     generate_s: Seconds = 0.0
     verify_s: Seconds = 0.0
 
@@ -222,15 +209,19 @@ class Hello(Message):
 
 
 class Heartbeat(Message):
-    """Sign of life: what the peer does (`state`), whom it waits for and how long, its leases, its meters."""
+    """Sign of life: what the peer does (`state`), whom it waits for and how long, its leases, its meters.
+
+    `time` is the peer's wall clock (seconds since the epoch): the broker warns of a clock that is off.
+    """
 
     state: Name
     waiting_for: Name | None = None
     waiting_s: Seconds = 0.0
     version: Count = 0
     era: Count = 0
-    leases: Annotated[list[GroupKey], Field(max_length=100_000)] = []
-    telemetry: Annotated[dict[str, Number], Field(max_length=500)] = {}
+    leases: Annotated[list[GroupId], Meta(max_length=100_000)] = []
+    telemetry: Annotated[dict[str, Number], Meta(max_length=500)] = {}
+    time: Number | None = None
 
 
 class Goodbye(Message):
@@ -251,10 +242,24 @@ class StatusQuery(Message):
     groups: bool = False
 
 
+class Stacks(Message):
+    """Where every thread of the peer's processes stands: the answer to `Pulse.dump_stacks` = `request`."""
+
+    request: Name
+    text: Annotated[str, Meta(max_length=MAX_STACKS_CHARS)]
+
+
+class Drain(Message):
+    """These actors shall finish what they have, lease nothing more, and leave."""
+
+    actors: Annotated[list[Name], Meta(max_length=5000)]
+    reason: Text
+
+
 class GroupQuery(Message):
     """One group whole: header, question and payload."""
 
-    group: GroupKey
+    group: GroupId
 
 
 # --- requests of an actor ---------------------------------------------------------------------------------
@@ -282,7 +287,7 @@ class Release(Message):
     `broker.max_attempts`, `unanswerable` (no actor could, such as a prompt that is too long) gives it up at once.
     """
 
-    groups: list[GroupKey]
+    groups: list[GroupId]
     reason: Text
     cause: Cause = "failed"
 
@@ -323,7 +328,7 @@ class Take(Message):
 class Fetch(Message):
     """Ask for payloads of taken groups: three buffers per group, in order."""
 
-    groups: list[GroupKey]
+    groups: list[GroupId]
 
 
 class Commit(Message):
@@ -384,7 +389,11 @@ class Welcome(Message):
 
 
 class Pulse(Message):
-    """Answer to a heartbeat. `command`: go on, drain (finish, lease nothing more, leave) or stop now."""
+    """Answer to a heartbeat. `command`: go on, drain (finish, lease nothing more, leave) or stop now.
+
+    `dump_stacks` asks for the peer's stacks (`Stacks`), once per value. `actors`, for the learner alone, are the
+    actors that are in the run.
+    """
 
     step: Count
     version: Count
@@ -392,6 +401,8 @@ class Pulse(Message):
     weights: WeightsAddress | None
     command: Literal["run", "drain", "stop"]
     reason: Text | None = None
+    dump_stacks: Name | None = None
+    actors: list[Name] | None = None
 
 
 class Grant(Message):
@@ -420,7 +431,7 @@ class Batch(Message):
 class Payloads(Message):
     """Three buffers for each of `groups`, in order."""
 
-    groups: list[GroupKey]
+    groups: list[GroupId]
 
 
 class Rewound(Message):
@@ -448,13 +459,37 @@ class GroupView(Message):
 
 # --- encoding ---------------------------------------------------------------------------------------------
 
-M = TypeVar("M", bound=Message)
+P = TypeVar("P", bound="Part")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries (NumPy's), as those of Python."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"a message cannot carry a {type(value).__name__}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+# The body is left as it is until its kind is known. Skipping over it proves that it is whole, so that no count
+# in it is larger than its bytes and nothing is allocated for what is not there.
+_outer = msgspec.msgpack.Decoder(tuple[int, str, int, msgspec.Raw])
+
+
+@functools.cache
+def _decoder(model: type[Part]) -> msgspec.msgpack.Decoder:
+    return msgspec.msgpack.Decoder(model)
 
 
 def encode(message: Message, request: int) -> bytes:
     """The header frame of a message; `request` pairs a reply with its request."""
-    body = message.model_dump(mode="python")
-    return msgpack.packb([PROTOCOL, message.kind, request, body], use_bin_type=True)
+    return _encoder.encode((PROTOCOL, message.kind, request, message))
+
+
+def encode_plain(kind: str, request: int, body: Any) -> bytes:
+    """The same for a body of plain values and `msgspec.Raw` pieces that were validated when they came in."""
+    return _encoder.encode((PROTOCOL, kind, request, body))
 
 
 def decode(frame: bytes | memoryview) -> tuple[Message, int]:
@@ -463,40 +498,55 @@ def decode(frame: bytes | memoryview) -> tuple[Message, int]:
     Raises:
         MalformedMessage: not msgpack, another protocol, an unknown kind, or a body that breaks its schema.
     """
+    kind, request, body = open_frame(frame)
+    model = Message.kinds.get(kind)
+    if model is None:
+        raise MalformedMessage(f"unknown kind {kind[:40]!r}")
+    return decode_part(model, body, kind), request
+
+
+def open_frame(frame: bytes | memoryview) -> tuple[str, int, msgspec.Raw]:
+    """Kind, request number and undecoded body of a header frame; raises `MalformedMessage`."""
     if len(frame) > MAX_HEADER_BYTES:
         raise MalformedMessage(f"header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are accepted")
     try:
-        outer = msgpack.unpackb(bytes(frame), raw=False)
-    except Exception as error:  # msgpack raises many kinds; all of them mean the same here
-        raise MalformedMessage(f"not msgpack: {type(error).__name__}") from None
-    if not isinstance(outer, list) or len(outer) != 4:
-        raise MalformedMessage("not a message of Slipstream")
-    protocol, kind, request, body = outer
+        protocol, kind, request, body = _outer.decode(frame)
+    except msgspec.ValidationError as error:
+        raise MalformedMessage(f"not a message of Slipstream: {_defect(error)}") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise MalformedMessage("not msgpack") from None
     if protocol != PROTOCOL:
         raise MalformedMessage(f"protocol {protocol!r}; this software speaks {PROTOCOL}")
-    if not isinstance(request, int) or isinstance(request, bool) or not 0 <= request < 2**63:
+    if not 0 <= request < 2**63:
         raise MalformedMessage("request number out of range")
-    model = Message._kinds.get(kind) if isinstance(kind, str) else None
-    if model is None:
-        raise MalformedMessage(f"unknown kind {str(kind)[:40]!r}")
-    return _validate(model, body), request
+    return kind, request, body
 
 
-def _validate(model: type[M], body: Any) -> M:
-    if not isinstance(body, dict):
-        raise MalformedMessage(f"{model.kind}: the body is not a map")
+def request_number(frame: bytes) -> int:
+    """The request number of a message that is otherwise malformed, so that its sender learns why; else 0."""
     try:
-        return model.model_validate(body)
-    except (ValidationError, RecursionError) as error:
-        raise MalformedMessage(f"{model.kind}: {_first_defect(error)}") from None
+        number = _outer.decode(frame)[2]
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return 0
+    return number if 0 <= number < 2**63 else 0
 
 
-def _first_defect(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return "nested too deeply"
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+def decode_part(model: type[P], body: bytes | msgspec.Raw, what: str) -> P:
+    """A body or a piece of one, checked against its schema; raises `MalformedMessage`, which names `what`."""
+    try:
+        return _decoder(model).decode(body)
+    except RecursionError:
+        raise MalformedMessage(f"{what}: nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedMessage(f"{what}: {_defect(error)}") from None
+
+
+def _defect(error: Exception) -> str:
+    """msgspec's sentence with the place first: "header.lease: expected `int`"."""
+    what, _, place = str(error).partition(" - at `$")
+    what = what[:1].lower() + what[1:]
+    where = place.rstrip("`").lstrip(".")
+    return f"{where}: {what}" if where else what
 
 
 def check_payload(header: GroupHeader, payload: list[bytes] | list[memoryview]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from common.recipe.load import REPOSITORY
 from deploy.doctoring.findings import Finding, ok, problem, warning
 
-NEEDED = ("torch", "deepspeed", "transformers", "mlflow", "pyzmq", "msgpack", "pydantic")
+NEEDED = ("torch", "deepspeed", "transformers", "mlflow", "pyzmq", "msgspec", "msgpack", "pydantic")
 MISFITS = ("torchvision", "torchaudio", "torchcodec")
 TORCH_OF_CPU_BUILD = "2.13.0"  # deploy/setup.sh installs it by name, so constraints/cpu.txt leaves it out
 PYTHONS = ((3, 11), (3, 12))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import msgspec
 import pytest
 from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
 
@@ -14,7 +15,7 @@ from actors.heart import Heart
 from actors.leaving import Leaving
 from actors.meters import Meters
 from actors.policy import Policy
-from actors.prompts import tokenizer_digest
+from common.model_files import tokenizer_digest
 from actors.scoring import Score, Scorer
 from common.errors import RunFailedError, UserError
 from common.messages import EvalJob, EvalQuestion, Heartbeat, Pulse, Refused, WeightsAddress
@@ -122,7 +123,7 @@ class TestEvaluation:
     def test_greedy_only_and_too_long(self):
         job = self.job(1, samples=0)
         long = EvalQuestion(set="s", uid="long", question={"problem": "9" * 200, "answer": "2"})
-        job = job.model_copy(update={"questions": [*job.questions, long]})
+        job = msgspec.structs.replace(job, questions=[*job.questions, long])
         rows = asyncio.run(self.evaluator(FakeWeights()).answer(job)).rows
         assert rows[0].sampled == []
         assert (rows[1].greedy.verdict, rows[1].greedy.tokens) == ("truncated", 0)

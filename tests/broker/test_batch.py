@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import msgpack
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.batch import batch_frame
+from broker.batch import batch_body
 from broker.store import Entry
 from common.messages import (
     PROTOCOL,
@@ -17,6 +18,7 @@ from common.messages import (
     Publish,
     decode,
     encode,
+    encode_plain,
 )
 from tests.scripted.actor import make_group
 
@@ -36,7 +38,8 @@ def header_of(index: int) -> GroupHeader:
 def test_the_frame_is_that_of_the_message(count: int, request: int, rewards: list[float]) -> None:
     headers = [header_of(index) for index in range(count)]
     entries = [Entry(encode(Publish(header=header), index), ()) for index, header in enumerate(headers)]
-    frame = batch_frame(request, 7, [entry.packed_header for entry in entries], count + len(rewards), rewards)
+    body = batch_body(7, [entry.packed_header for entry in entries], count + len(rewards), rewards)
+    frame = encode_plain("batch", request, body)
     expected = Batch(
         step=7,
         ready=True,
@@ -50,7 +53,7 @@ def test_the_frame_is_that_of_the_message(count: int, request: int, rewards: lis
 
 def test_a_key_given_twice_smuggles_nothing_past_the_validation() -> None:
     """The message that decodes has the last of two equal keys; so must what goes to the learner."""
-    good = msgpack.packb(header_of(1).model_dump())
+    good = msgpack.packb(msgspec.to_builtins(header_of(1)))
     packer = msgpack.Packer()
     frame = b"".join(
         [
@@ -60,7 +63,7 @@ def test_a_key_given_twice_smuggles_nothing_past_the_validation() -> None:
             packer.pack(9),
             packer.pack_map_header(2),
             packer.pack("header"),
-            packer.pack({"anything": "else"}),
+            msgpack.packb(msgspec.to_builtins(header_of(2))),
             packer.pack("header"),
             good,
         ]

@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from broker.evaluation import Evaluations, metrics_of
@@ -65,9 +66,9 @@ def test_a_part_of_an_evaluation_is_none() -> None:
     whole = answer_evaluation(job, 4, 0)
     for rows in (whole.rows[1:], [*whole.rows, whole.rows[0]], []):
         with pytest.raises(ValueError, match="do not answer the 4 questions once each"):
-            evaluations.result(whole.model_copy(update={"rows": rows}))
+            evaluations.result(msgspec.structs.replace(whole, rows=rows))
     with pytest.raises(ValueError, match="version 3 answers an evaluation of version 4"):
-        evaluations.result(whole.model_copy(update={"version": 3}))
+        evaluations.result(msgspec.structs.replace(whole, version=3))
     assert evaluations.result(whole) is not None
 
 
