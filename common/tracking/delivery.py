@@ -89,7 +89,15 @@ def without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
+def _reason(error: BaseException) -> BaseException | None:
+    """What urllib3 and requests keep beside the chain of causes."""
+    inside = getattr(error, "reason", None) or next(iter(error.args), None)
+    return inside if isinstance(inside, BaseException) else None
+
+
 def one_line(error: BaseException) -> str:
-    """An error in one line, for people."""
+    """The root of an error in one line, for people: HTTP libraries wrap a refused connection five times."""
+    while (inner := error.__cause__ or error.__context__ or _reason(error)) is not None:
+        error = inner
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:ERROR_LENGTH]

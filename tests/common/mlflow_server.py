@@ -1,0 +1,77 @@
+"""A real `mlflow server` on loopback that can be killed, frozen and started again on the same store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+START_S = 120.0
+
+
+def free_port() -> int:
+    """A TCP port of loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class MlflowServer:
+    """`start` and `kill` as often as needed; the database is `folder`/mlflow.db."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database, self._folder = folder / "mlflow.db", folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.database}", "--workers", "1"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # half the start-up time
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "mlflow server does not answer"
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200
+        except OSError:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server and its workers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL; harmless when it is not running."""
+        if self._process is not None and self._process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+
+    def sql(self, statement: str) -> list[tuple]:
+        """Run a statement in the database, behind the server's back."""
+        with sqlite3.connect(self.database, timeout=30) as database:
+            return database.execute(statement).fetchall()
+
+    def metrics(self, run: str) -> Counter[tuple[str, int, float]]:
+        """How often each (metric, step, value) is in the store."""
+        rows = self.sql(f"SELECT key, step, value FROM metrics WHERE run_uuid = '{run}' AND NOT is_nan")
+        return Counter((key, step, value) for key, step, value in rows)
