@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.tracking.catalogue import GROUPS, entry_of, full_name
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 6
 
@@ -92,6 +94,18 @@ def test_recorded_log_probabilities_are_the_learners(run: tuple[Path, dict]) -> 
     assert mismatches, "some tokens must have been compared at the same version"
     assert max(mismatches) <= 1e-3
     assert max(step["staleness_max"] for step in steps) <= 1
+
+
+@pytest.mark.e2e
+def test_a_run_emits_no_metric_that_is_not_in_the_catalogue(run: tuple[Path, dict]) -> None:
+    folder, _ = run
+    for kind in GROUPS:
+        found = points(folder, kind)
+        assert found, f"no point of kind {kind}"
+        unknown = {name for values in found for name in values if entry_of(full_name(kind, name)) is None}
+        assert not unknown, f"add {unknown} to common/tracking/catalogue.py"
+    sampled = points(folder, "actor")[-1]
+    assert 0 <= sampled["groups_all_wrong"] <= 1 - sampled["accuracy"]
 
 
 @pytest.mark.e2e

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from common.tracking.catalogue import entry_of, full_name
 from learner.objectives.losses import ppo_clip
 from learner.objectives.metrics import BUCKET_STARTS, BUCKETS, TokenMetrics, token_metrics
 
@@ -58,6 +59,11 @@ def test_every_staleness_falls_into_the_bucket_that_its_name_says():
         assert int(low) <= staleness
         assert high == "up" or staleness <= int(high or low)
     assert len(BUCKETS) == len(BUCKET_STARTS)
+
+
+def test_every_name_is_in_the_catalogue():
+    summary = measure(staleness=torch.tensor([0, 2, 4, 20])).summary()
+    assert all(entry_of(full_name("learner", name)) for name in summary)
 
 
 def test_correction_and_its_drops():
