@@ -72,7 +72,9 @@ class Actor:
             on_evaluation=self._evaluate,
         )
         self._wire, self._welcome = wire, welcome
-        self._heart = Heart(wire, welcome.heartbeat_s, self._describe, self._on_pulse)
+        self._heart = Heart(
+            wire, welcome.heartbeat_s, self._describe, self._on_pulse, recipe.broker.no_progress_s
+        )
         self._weights_now: WeightsAddress | None = None
         self._evaluation: asyncio.Task[None] | None = None
         self._leaving = Leaving()
@@ -149,6 +151,7 @@ class Actor:
             era=self._policy.era,
             leases=self._rollout.leases,
             telemetry=self._measure(),
+            time=time.time(),
         )
 
     def _measure(self) -> dict[str, float]:

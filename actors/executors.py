@@ -16,18 +16,23 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from actors.failure import keep_errors
+from common import stacks
 from common.process import die_with_parent
 
 ACTOR_PID_VARIABLE = "SLIPSTREAM_ACTOR_PID"
 
+keep_errors()  # here, because every process of the engine loads this module
+
 
 def bind_to_actor() -> None:
-    """Tie this process to the actor's life and take it out of the actor's process group."""
+    """Tie this process to the actor's life, take it out of the actor's process group, let it show its stacks."""
     die_with_parent()
     actor = os.environ.get(ACTOR_PID_VARIABLE)
     if actor is not None and os.getppid() != int(actor):
         os._exit(1)  # the actor died before the tie was made
     os.setpgid(0, 0)
+    stacks.arm()
 
 
 class OwnedLLM(AsyncLLM):

@@ -1,18 +1,21 @@
 """Signs of life, and what the broker says in return.
 
 Invariant: the heart beats whatever the engine does, also while it drains; an outage of the broker is waited for
-and said, never an error. Under systemd an engine that hangs silences the watchdog, not the heart.
+and said, never an error. Under systemd an engine that hangs silences the watchdog, not the heart. A heart that
+is kept from beating (a blocked event loop) leaves the actor's stacks on standard error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 from collections.abc import Awaitable, Callable
 
 from common.messages import Heartbeat, Pulse
+from common.stacks import StackAnswers, of_tasks
 from common.systemd import Progress, Watchdog, notify_ready
-from common.wire import AsyncClient, BrokerUnreachable
+from common.wire import AsyncClient, BrokerUnreachable, RefusedError
 
 log = logging.getLogger("slipstream.actor.heart")
 
@@ -27,6 +30,7 @@ class Heart:
         interval_s: seconds between heartbeats.
         describe: the next heartbeat.
         on_pulse: called with every answer.
+        blocked_s: seconds without a beat after which all stacks go to standard error.
     """
 
     def __init__(
@@ -35,12 +39,16 @@ class Heart:
         interval_s: float,
         describe: Callable[[], Heartbeat],
         on_pulse: Callable[[Pulse], Awaitable[None]],
+        blocked_s: float = STALLED_S,
     ) -> None:
         self._wire, self._interval_s = wire, interval_s
         self._describe, self._on_pulse = describe, on_pulse
         self._progress = Progress(STALLED_S)
         self._watchdog = Watchdog(self._progress)
         self._ready = False
+        self._blocked_s = blocked_s
+        self._stacks = StackAnswers()
+        self._answering: asyncio.Task[None] | None = None
 
     async def beat(self) -> None:
         """Beat until cancelled.
@@ -48,18 +56,37 @@ class Heart:
         Raises:
             RefusedError: the broker has shut this actor out, or serves another run now.
         """
-        while True:
-            try:
-                beat = self._describe()
-                tokens = beat.telemetry.get("generated_tokens")
-                self._progress.note(tokens, waiting=beat.waiting_for is not None)
-                reply = await self._wire.request(beat, timeout_s=10 + self._interval_s)
-                assert isinstance(reply.message, Pulse)
-                await self._on_pulse(reply.message)
-                if not self._ready:
-                    notify_ready()
-                    self._ready = True
-            except BrokerUnreachable as error:
-                log.warning("%s; work in hand is kept", error)
-            self._watchdog.beat()
-            await asyncio.sleep(self._interval_s)
+        try:
+            while True:
+                faulthandler.dump_traceback_later(self._blocked_s, repeat=True)
+                await self._beat_once()
+                self._watchdog.beat()
+                await asyncio.sleep(self._interval_s)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    async def _beat_once(self) -> None:
+        beat = self._describe()
+        tokens = beat.telemetry.get("generated_tokens")
+        self._progress.note(tokens, waiting=beat.waiting_for is not None)
+        try:
+            reply = await self._wire.request(beat, timeout_s=10 + self._interval_s)
+        except BrokerUnreachable as error:
+            log.warning("%s; work in hand is kept", error)
+            return
+        assert isinstance(reply.message, Pulse)
+        await self._on_pulse(reply.message)
+        if request := self._stacks.wanted(reply.message):
+            self._answering = asyncio.create_task(self._answer(request), name="stacks")
+        if not self._ready:
+            notify_ready()
+            self._ready = True
+
+    async def _answer(self, request: str) -> None:
+        """Send the stacks of this process, of its tasks and of its engine; takes a second for each frozen child."""
+        log.warning("the broker asks for stacks: the run makes no progress")
+        try:
+            stacks = await asyncio.to_thread(self._stacks.answer, request, of_tasks())
+            await self._wire.request(stacks)
+        except (BrokerUnreachable, RefusedError) as error:
+            log.warning("the stacks could not be sent: %s", error)

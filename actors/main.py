@@ -28,11 +28,12 @@ from typing import Any
 
 from actors.actor import Actor
 from actors.engine import Engine, EngineLostError, engine_arguments
-from actors.prompts import tokenizer_digest
 from actors.weights import EngineDamagedError
-from common.errors import EXIT_RESTART, RunFailedError, UserError
+from common import stacks
+from common.errors import EXIT_RESTART, RunFailedError, UserError, report
 from common.messages import Goodbye, Hello, Welcome
-from common.model_files import require_tokenizer
+from common.model_files import require_tokenizer, tokenizer_digest
+from common.process import leave
 from common.recipe import Recipe
 from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError
 
@@ -58,6 +59,7 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
         UserError: no broker answers at `join`, or the model cannot be found here.
         RunFailedError: the broker refuses this actor, or vLLM cannot start.
     """
+    stacks.arm()
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     welcome = _introduce(join, name, keys)
     recipe = Recipe.model_validate(welcome.recipe)
@@ -137,4 +139,8 @@ def _exit_within(seconds: float) -> None:
 
 if __name__ == "__main__":  # a worker without the command line, for tests and debuggers
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    sys.exit(run_actor(sys.argv[1], name=sys.argv[2] if len(sys.argv) > 2 else None))
+    try:
+        code = run_actor(sys.argv[1], name=sys.argv[2] if len(sys.argv) > 2 else None)
+    except (UserError, RunFailedError) as error:
+        code = report(error)
+    leave(code)

@@ -7,8 +7,6 @@ strips it because the engine adds its own).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from common.tasks.templates import Template
@@ -32,9 +30,3 @@ class Prompts:
         begin = self._tokenizer.bos_token
         has_begin = bool(begin) and text.startswith(begin)
         return self._tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary: actors of one run must mean the same by the same ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

@@ -70,6 +70,7 @@ class Peer:
     version: int = 0
     era: int = 0
     telemetry: dict[str, float] = field(default_factory=dict)
+    clock_off: bool = False  # and that has been said
     bad: int = 0
     groups: int = 0
     tokens: int = 0

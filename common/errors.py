@@ -6,6 +6,8 @@ exit code 2 and nothing half-started; a traceback is only ever shown for our own
 
 from __future__ import annotations
 
+import sys
+
 EXIT_USER_ERROR = 2  # the caller's mistake: starting again would fail again
 EXIT_RESTART = 3  # this process is spoilt, a fresh one goes on (an engine that failed while weights changed)
 EXIT_RUN_FAILED = 4  # the run is over: starting again would fail again
@@ -30,3 +32,10 @@ class UserError(SlipstreamError):
 
 class RunFailedError(SlipstreamError):
     """A run ended on an error that a restart does not cure; the message names the process and the cause."""
+
+
+def report(error: UserError | RunFailedError) -> int:
+    """Print the sentence as launchers look for it in a log; returns the exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_FAILED

@@ -6,6 +6,7 @@ login node in well under a second.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,3 +146,9 @@ def require_tokenizer(path: str) -> None:
     folder = model_folder(path)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"'{path}' has no tokenizer ({' or '.join(TOKENIZER_FILES)}).", setting="model.path")
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary (of a transformers tokenizer): all of a run must mean the same by the same ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

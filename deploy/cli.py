@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError
+from common.errors import RunFailedError, UserError, report
 
 app = typer.Typer(
     name="slipstream",
@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("deploy.run", "run", "A run on this machine"),
     "status": ("deploy.status", "status", "A run on this machine"),
     "check": ("deploy.check", "check", "A run on this machine"),
+    "plan": ("deploy.plan", "plan", "A run on this machine"),
     "broker": ("deploy.workers", "broker", "Its workers, one by one"),
     "actor": ("deploy.workers", "actor", "Its workers, one by one"),
     "learner": ("deploy.workers", "learner", "Its workers, one by one"),
@@ -40,7 +41,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "study": ("deploy.study", "study", "Models and answers"),
     "serve": ("deploy.serve", "serve", "A cluster"),
     "submit": ("deploy.slurm.submit", "submit", "A cluster"),
-    "scale": ("deploy.slurm.scale", "scale", "A cluster"),
+    "scale": ("deploy.scale", "scale", "A cluster"),
     "units": ("deploy.systemd.units", "units", "A cluster"),
     "doctor": ("deploy.doctor", "doctor", "A cluster"),
     "keys": ("deploy.keys", "keys", "A cluster"),
@@ -83,20 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
         _register(verb, *VERBS[verb])
     try:
         app(args=arguments)
-    except UserError as error:
-        _fail(error, EXIT_USER_ERROR)
-    except RunFailedError as error:
-        _fail(error, EXIT_RUN_FAILED)
+    except (UserError, RunFailedError) as error:
+        sys.exit(report(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
-
-
-def _fail(error: Exception, code: int) -> None:
-    sys.stderr.write(f"error: {error}\n")
-    sys.stderr.flush()
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ class Display:
             self._said_step = (status["step"], status["version"])
             self._console.print(line(status), highlight=False)
 
+    def broker_silent_s(self) -> float:
+        """Seconds since the broker last answered; 0 before its first answer."""
+        answered = self._watcher.answered
+        return 0.0 if answered is None else time.monotonic() - answered
+
     def event(self, text: str) -> None:
         """Say that something happened."""
         self.say(text)

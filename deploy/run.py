@@ -57,7 +57,7 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     from deploy.launch.supervisor import Supervisor
 
     (folder / "broker.json").unlink(missing_ok=True)
-    display = Display(recipe, folder, quiet=quiet)
+    display, silence = Display(recipe, folder, quiet=quiet), Silence(recipe.broker.no_progress_s)
     supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.event)
     interrupts = _Interrupts()
     supervisor.start()
@@ -65,6 +65,8 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
         with display:
             while supervisor.poll() and not interrupts.count:
                 display.refresh()
+                if silence.look(display.broker_silent_s()):
+                    _keep_stacks(supervisor, display)
                 time.sleep(POLL_S)
         if interrupts.count:
             return _stop(supervisor, display, interrupts)
@@ -108,6 +110,29 @@ def _workers(recipe: Recipe, folder: Path, resume: bool) -> list[Worker]:
         workers.append(Worker(name, line, line, share, folder / f"{name}.log"))
     # The engine takes longest to start, so actors go first; they wait for the broker's address themselves.
     return workers[2:] + workers[:2]
+
+
+class Silence:
+    """The broker watches the run; who watches the broker is its launcher. One alarm per silence of `limit_s`."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._alarmed = False
+
+    def look(self, silent_s: float) -> bool:
+        """True once when the broker has not answered for `limit_s` seconds."""
+        due = silent_s >= self._limit_s
+        raised, self._alarmed = due and not self._alarmed, due
+        return raised
+
+
+def _keep_stacks(supervisor: Supervisor, display) -> None:
+    silent = display.broker_silent_s()
+    try:
+        where = f"{supervisor.keep_stacks(display.folder / 'stacks')}-*.txt"
+    except OSError as error:
+        where = f"nowhere ({error.strerror})"
+    display.say(f"the broker has not answered for {silent:.0f} s; stacks of every process went to {where}")
 
 
 class _Interrupts:

@@ -15,8 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from broker.explain import explain
+
 EVENTS_SHOWN = 3
-WAIT_SHOWN_S = 2.0
 BEHIND_SHOWN_S = 15.0
 DASH = "–"
 
@@ -26,7 +27,7 @@ def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> R
     if status is None:
         return Panel(Text(note or "starting broker, actors and learner ..."), title=title, title_align="left")
     parts: list[RenderableType] = [_progress(status), _figures(status), _peers(status)]
-    parts += [Text(line, style="yellow") for line in waits(status)]
+    parts += [Text(str(cause), style="yellow") for cause in explain(status)]
     parts += [Text(_event(event), style="dim") for event in status["events"][-EVENTS_SHOWN:]]
     if note:
         parts.append(Text(note, style="bold"))
@@ -39,10 +40,7 @@ def _progress(status: Mapping[str, Any]) -> RenderableType:
     row = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=max(1, total), completed=done, width=40)
     row.add_row(
-        Text(f"step {done}/{total}", style="bold"),
-        bar,
-        f"version {status['version']}",
-        f"ETA {eta(status)}",
+        Text(f"step {done}/{total}", style="bold"), bar, f"version {status['version']}", f"ETA {eta(status)}"
     )
     return row
 
@@ -126,15 +124,6 @@ def _peers(status: Mapping[str, Any]) -> RenderableType:
 def _gpu(usage: Mapping[str, float]) -> str:
     uses = [value for key, value in usage.items() if key.startswith("gpu") and key.endswith("_use")]
     return f", GPU {sum(uses) / len(uses):.0%}" if uses else ""
-
-
-def waits(status: Mapping[str, Any]) -> list[str]:
-    """Who waits for whom, since when."""
-    return [
-        f"{wait['who']} waits for {wait['for']} ({wait['seconds']:.0f} s)"
-        for wait in status["waits"]
-        if wait["seconds"] >= WAIT_SHOWN_S
-    ]
 
 
 def _event(event: Mapping[str, Any]) -> str:

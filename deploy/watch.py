@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from common.errors import SlipstreamError, UserError
-from common.messages import Hello, Status, StatusQuery, Stop
+from common.messages import Hello, Message, Status, StatusQuery, Stop
 from common.wire import BrokerUnreachable, Client, RefusedError
 from deploy.folder import read_address
 
@@ -34,25 +35,30 @@ def observer(address: str, keys: Path | None) -> Client:
     return Client(address, hello, keys=keys)
 
 
-def ask_status(
-    address: str, keys: Path | None, *, groups: bool = False, timeout_s: float = 5.0
-) -> dict[str, Any]:
-    """The status of the run behind `address`.
+def ask(address: str, keys: Path | None, message: Message, timeout_s: float = 5.0) -> Message:
+    """The broker's answer to one request of a person.
 
     Raises:
-        UserError: nobody answers there.
+        UserError: nobody answers there, or the broker refuses.
     """
     client = observer(address, keys)
     try:
-        reply = client.request(StatusQuery(groups=groups), timeout_s=timeout_s)
+        return client.request(message, timeout_s=timeout_s).message
     except BrokerUnreachable as error:
         raise UserError(f"{error}.", setting="--join") from None
     except RefusedError as error:
         raise UserError(f"the broker refused: {error}", setting="--join") from None
     finally:
         client.close()
-    assert isinstance(reply.message, Status)
-    return reply.message.status
+
+
+def ask_status(
+    address: str, keys: Path | None, *, groups: bool = False, timeout_s: float = 5.0
+) -> dict[str, Any]:
+    """The status of the run behind `address`; see `ask`."""
+    reply = ask(address, keys, StatusQuery(groups=groups), timeout_s)
+    assert isinstance(reply, Status)
+    return reply.status
 
 
 class Watcher(threading.Thread):
@@ -61,6 +67,7 @@ class Watcher(threading.Thread):
     def __init__(self, folder: Path, keys: Path | None) -> None:
         super().__init__(name="status-watcher", daemon=True)
         self.latest: dict[str, Any] | None = None
+        self.answered: float | None = None  # when, on the monotonic clock
         self._folder, self._keys = folder, keys
         self._ending = threading.Event()
 
@@ -79,7 +86,7 @@ class Watcher(threading.Thread):
             except SlipstreamError:
                 continue
             if isinstance(reply, Status):
-                self.latest = reply.status
+                self.latest, self.answered = reply.status, time.monotonic()
 
     def stop(self) -> None:
         """End the thread at its next turn."""

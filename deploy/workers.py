@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import UserError
+from common.errors import RunFailedError, UserError, report
 from deploy.check import RecipeArgument, SetOption
 
 JoinOption = Annotated[str | None, typer.Option("--join", metavar="HOST:PORT", help="Address of the broker.")]
@@ -154,10 +154,15 @@ def actor(
 ) -> None:
     """Run one actor: a vLLM engine that leases questions, samples, verifies and publishes. Joins and leaves at any time."""
     from actors.main import run_actor
+    from common.process import leave
 
     set_up_logging()
-    address, found_keys = _find_broker(join, run, keys)
-    raise typer.Exit(run_actor(address, name=name, keys=found_keys))
+    try:
+        address, found_keys = _find_broker(join, run, keys)
+        code = run_actor(address, name=name, keys=found_keys)
+    except (UserError, RunFailedError) as error:
+        code = report(error)
+    leave(code)
 
 
 def learner(
@@ -189,7 +194,8 @@ def learner(
     address, found_keys = _find_broker(join, run, keys)
     if ranks > 1 and "RANK" not in os.environ:
         _become_torchrun(ranks, address, found_keys, resume)
-    from learner.main import leave, run_learner
+    from common.process import leave
+    from learner.main import run_learner
 
     leave(run_learner(address, resume=resume, keys=found_keys))
 

@@ -7,8 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError
-from learner.main import leave, run_learner
+from common.errors import RunFailedError, UserError, report
+from common.process import leave
+from learner.main import run_learner
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -43,8 +44,7 @@ def main(arguments: list[str]) -> int:
             _address(arguments), resume="--resume" in arguments, keys=Path(keys) if keys else None
         )
     except (UserError, RunFailedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_FAILED
+        return report(error)
     except Exception:
         logging.getLogger("slipstream.learner").exception("the learner died")
         return 1

@@ -12,10 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from common.errors import RunFailedError, SlipstreamError
 from common.messages import Goodbye, Heartbeat, Message, Pulse, Serve, Status, StatusQuery, WeightsAddress
+from common.stacks import StackAnswers
 from common.telemetry import Telemetry
 from common.wire import BrokerUnreachable, Client, RefusedError
 
@@ -50,6 +52,8 @@ class BrokerLink:
         self._outbox: queue.Queue[Message] = queue.Queue()
         self._closing = threading.Event()
         self._telemetry = Telemetry()
+        self._stacks = StackAnswers()
+        self._on_actors: Callable[[set[str]], None] = lambda living: None
         self._state = ("starting", None, time.monotonic())
         self._meters: Callable[[], dict[str, float]] = dict
         self.version = 0
@@ -81,6 +85,10 @@ class BrokerLink:
     def meter(self, read: Callable[[], dict[str, float]]) -> None:
         """Add `read()` to the telemetry of each heartbeat."""
         self._meters = read
+
+    def follow_actors(self, tell: Callable[[set[str]], None]) -> None:
+        """Call `tell` with the names of the actors in the run at each heartbeat, from this object's thread."""
+        self._on_actors = tell
 
     def check(self) -> None:
         """Raises RunFailedError if the broker refused what it must not refuse, HistoryLost if it forgot us."""
@@ -154,6 +162,7 @@ class BrokerLink:
                 version=self.version,
                 era=era,
                 telemetry=meters,
+                time=time.time(),
             )
             self._take_in(self._client.request(beat, timeout_s=ATTEMPT_S).message)
         except (BrokerUnreachable, RefusedError) as error:
@@ -165,6 +174,11 @@ class BrokerLink:
         elif isinstance(reply, Pulse):
             self.command, self.reason = reply.command, reply.reason
             self._compare(reply)
+            if reply.actors is not None:
+                self._on_actors(set(reply.actors))
+            if request := self._stacks.wanted(reply):
+                log.warning("the broker asks for stacks: the run makes no progress")
+                self.post(self._stacks.answer(request))
 
     def _compare(self, pulse: Pulse) -> None:
         weights = self._weights
@@ -181,6 +195,29 @@ class BrokerLink:
     def ask_accuracy(self) -> None:
         """Ask for the evaluations so far; `accuracy` has them when the answer is in."""
         self.post(StatusQuery())
+
+
+class RankLink:
+    """Heartbeats of a rank that does not lead: the broker can ask it for its stacks; nothing else hangs on it.
+
+    Args:
+        client: a connection of its own, as an observer.
+        heartbeat_s: seconds between signs of life.
+    """
+
+    def __init__(self, client: Client, heartbeat_s: float) -> None:
+        self._client, self._heartbeat_s = client, heartbeat_s
+        self._stacks = StackAnswers()
+        threading.Thread(target=self._run, name="rank-link", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with suppress(BrokerUnreachable, RefusedError):
+                beat = Heartbeat(state="rank of the learner", time=time.time())
+                pulse = self._client.request(beat, timeout_s=ATTEMPT_S).message
+                if isinstance(pulse, Pulse) and (request := self._stacks.wanted(pulse)):
+                    self._client.request(self._stacks.answer(request), timeout_s=ATTEMPT_S)
+            time.sleep(self._heartbeat_s)
 
 
 def accuracy_of(status: dict[str, Any]) -> dict[int, float]:

@@ -17,14 +17,18 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from msgspec.structs import replace
+
+from common import stacks
 from common.errors import RunFailedError, UserError
 from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
+from common.model_files import tokenizer_digest
 from common.recipe.schema import Recipe
 from common.systemd import Watchdog, notify_ready
 from common.wire import BrokerUnreachable, Client, RefusedError
@@ -32,13 +36,13 @@ from learner.checkpoint import Checkpoints, Saved, free_bytes
 from learner.engine import Engine
 from learner.export import export_model
 from learner.feed import Feed, Waiting
-from learner.link import BrokerLink
+from learner.link import BrokerLink, RankLink
 from learner.metrics import Clock, batch_metrics, finite, update_metrics
 from learner.model import bytes_of_checkpoint, check_model, load_policy, load_reference, load_tokenizer
 from learner.objective import objective_of
 from learner.prepare import Preparation, Work
 from learner.push import WeightPush
-from learner.ranks import launched_world, leave_ranks, start_ranks
+from learner.ranks import launched_rank, launched_world, leave_ranks, start_ranks
 from learner.step import PolicyStep, StepResult
 
 log = logging.getLogger("slipstream.learner")
@@ -88,6 +92,7 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
     Raises:
         UserError: a setting of the recipe is wrong here. RunFailedError: what a restart does not cure.
     """
+    stacks.arm()
     stop = StopSignal()
     control, feed = _connection(address, keys), _connection(address, keys)
     try:
@@ -95,6 +100,8 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
         assert isinstance(welcome, Welcome)
         recipe = Recipe.model_validate(welcome.recipe)
         _check_world(recipe)
+        if launched_rank() > 0:
+            RankLink(_observer(address, keys), welcome.heartbeat_s)
         learner = Learner(recipe, welcome, stop, control, feed)
         learner.start(resume)
         return learner.run()
@@ -103,18 +110,17 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
         return 0
 
 
-def leave(code: int) -> None:
-    """End the process at once: torch's gloo threads may abort an orderly interpreter exit."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def _connection(address: str, keys: Path | None) -> Client:
-    # One peer, several connections: the ranks are one learner to the broker.
+    # One peer, several connections: the ranks are one learner to the broker, and their parent is its process.
+    pid = os.getppid() if launched_world() > 1 else os.getpid()
+    hello = Hello(role="learner", peer=PEER, software=software_version(), host=socket.gethostname(), pid=pid)
+    return Client(address, hello, keys=keys)
+
+
+def _observer(address: str, keys: Path | None) -> Client:
+    name = f"{PEER}-rank-{launched_rank()}"
     hello = Hello(
-        role="learner", peer=PEER, software=software_version(), host=socket.gethostname(), pid=os.getpid()
+        role="observer", peer=name, software=software_version(), host=socket.gethostname(), pid=os.getpid()
     )
     return Client(address, hello, keys=keys)
 
@@ -166,7 +172,7 @@ class Learner:
         self._ranks = start_ranks(recipe.learner.collective_timeout_s, recipe.learner.master_port)
         if self._ranks.leads:
             self._link = BrokerLink(self._control, self._welcome.heartbeat_s)
-        self._tokenizer = load_tokenizer(recipe) if self._ranks.leads else None
+        self._tokenizer = self._same_tokenizer() if self._ranks.leads else None
         policy = load_policy(recipe, value_head=objective.needs_values)
         updates = recipe.run.steps * recipe.batch.optimizer_steps * recipe.algorithm.epochs
         self._engine = Engine(policy, recipe, self._ranks, updates)
@@ -179,6 +185,13 @@ class Learner:
         self._feed = Feed(
             self._feed_client, self._ranks, self._step, recipe.run.steps, work.wanted, work.prepare
         )
+
+    def _same_tokenizer(self) -> Any:
+        """The tokenizer, which the broker compares with that of the actors before anything is trained."""
+        tokenizer = load_tokenizer(self._recipe)
+        self._control.hello = replace(self._control.hello, tokenizer=tokenizer_digest(tokenizer))
+        _patiently(self._control, self._control.hello, self._stop)
+        return tokenizer
 
     def _restore(self, resume: bool) -> None:
         folder = Path(self._welcome.folder) / "checkpoints"
@@ -222,6 +235,7 @@ class Learner:
         assert isinstance(rewound, Rewound)
         self._link.version = self._step
         self._link.meter(self._push.meters)
+        self._link.follow_actors(self._push.keep_actors)
         self._link.serve(self._push.address(rewound.era))
         notify_ready(f"step {self._step}")
         Watchdog(partial(self._link.moves, self._recipe.broker.no_progress_s)).run()

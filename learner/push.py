@@ -47,6 +47,7 @@ class WeightPush:
         on_device = route in ("nccl", "ipc")
         self._device = ranks.device if on_device else "cpu"
         self._publisher: Publisher | None = None
+        self._absent: set[str] = set()
         if ranks.leads:
             self._publisher = Publisher(
                 recipe.weights.bind,
@@ -87,6 +88,18 @@ class WeightPush:
         )
         if self._publisher is not None and snapshot is not None:
             self._publisher.publish(version, snapshot)
+
+    def keep_actors(self, living: set[str]) -> None:
+        """Forget actors that are not in the run any more; `living` is what the broker says at each heartbeat.
+
+        Only those missing twice in a row: an actor may have joined after the broker's reply was written.
+        """
+        if self._publisher is None:
+            return
+        absent = self._publisher.actors() - living
+        for name in absent & self._absent:
+            self._publisher.drop_actor(name, "the broker says that it is gone")
+        self._absent = absent
 
     def meters(self) -> dict[str, float]:
         """Meters of the push, flattened: `push_NAME`, or the worst actor for those kept per actor."""

@@ -153,6 +153,11 @@ class Publisher:
         with self._lock:
             self._dispatcher.drop_actor(actor_id, reason)
 
+    def actors(self) -> set[str]:
+        """Actors that have a link or meters."""
+        with self._lock:
+            return {*self._dispatcher.actors, *(link.actor_id for link in self._dispatcher.links.values())}
+
     def versions_acked(self) -> dict[str, int]:
         """The version that each connected actor has committed."""
         with self._lock:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import stacks
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
 from common.process import die_with_parent, end_groups, use_cores, wait_for
 from deploy.launch.layout import Share
@@ -132,6 +133,16 @@ class Supervisor:
                 preexec_fn=prepare,
             )
         worker.started = time.monotonic()
+
+    def keep_stacks(self, folder: Path) -> Path:
+        """Write the stacks of every living worker and its children to `folder`; returns their common prefix."""
+        folder.mkdir(exist_ok=True)
+        prefix = folder / time.strftime("%Y%m%d-%H%M%S")
+        for worker in self.workers:
+            if worker.process is not None and worker.process.poll() is None:
+                path = Path(f"{prefix}-{worker.name}.txt")
+                path.write_text(stacks.of_family(worker.process.pid), encoding="utf-8")
+        return prefix
 
     def wait(self, seconds: float) -> bool:
         """Wait until all workers have left by themselves; False when some have not in time."""

@@ -1,4 +1,4 @@
-"""`slipstream scale`: more or fewer actors while the run goes on.
+"""More or fewer actors of a run on Slurm, while it goes on.
 
 Invariant: no two tasks of a run hold the same index at one time (an index is an actor's name), and an actor
 that goes is asked first: it publishes what it has finished and hands back the rest.
@@ -6,13 +6,13 @@ that goes is asked first: it publishes what it has finished and hands back the r
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
-
-import typer
+from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError
 from deploy.slurm import queue
 from deploy.slurm.queue import Task
+from deploy.slurm.state import locked, read_state, write_state
 
 
 class Change(NamedTuple):
@@ -45,15 +45,12 @@ def plan_change(tasks: list[Task], leaving: set[str], wanted: int) -> Change:
     return Change([], [t for t in going if t.state == "PENDING"], [t for t in going if t.state != "PENDING"])
 
 
-def scale(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or name.")],
-    actors: Annotated[int, typer.Option(min=0, help="How many actors there shall be.")],
-) -> None:
-    """Change the number of actors of a run on Slurm; the learner goes on meanwhile."""
-    from deploy.folder import find_folder
-    from deploy.slurm.state import locked, read_state, write_state
+def scale_array(folder: Path, actors: int) -> str:
+    """Grow or shrink the run's job array to `actors` tasks; returns a sentence that says what was done.
 
-    folder = find_folder(run).resolve()
+    Raises:
+        UserError: the run is not on the cluster, or Slurm refuses.
+    """
     state = read_state(folder)
     queue.require_slurm()
     with locked(folder):
@@ -74,7 +71,7 @@ def scale(
         write_state(folder, state)
         queue.cancel(task.label for task in change.cancel)
         queue.ask_to_leave(task.label for task in change.ask)
-    typer.echo(_sentence(tasks, change, actors))
+    return _sentence(tasks, change, actors)
 
 
 def _sentence(tasks: list[Task], change: Change, wanted: int) -> str:

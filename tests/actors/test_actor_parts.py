@@ -15,10 +15,10 @@ from actors.heart import Heart
 from actors.leaving import Leaving
 from actors.meters import Meters
 from actors.policy import Policy
-from common.model_files import tokenizer_digest
 from actors.scoring import Score, Scorer
 from common.errors import RunFailedError, UserError
 from common.messages import EvalJob, EvalQuestion, Heartbeat, Pulse, Refused, WeightsAddress
+from common.model_files import tokenizer_digest
 from common.wire import BrokerUnreachable, RefusedError, Reply
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from common.model_files import ModelShape
+from common.process import leave
 from common.recipe.schema import LearnerSection, Recipe
 from learner.checkpoint import Checkpoints
 from learner.engine import Engine
 from learner.logprobs import PolicyModel
-from learner.main import leave
 from learner.model import DTYPES, with_adapters
 from learner.objective import objective_of
 from learner.prepare import Preparation, Work

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import socket
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
-from common import wire
+from common import stacks, wire
 from common.messages import (
     Assignment,
     EvalJob,
@@ -34,6 +35,7 @@ from common.messages import (
     ResponseHeader,
     Scored,
 )
+from common.stacks import StackAnswers
 from common.wire import Client, RefusedError
 
 SOFTWARE = "0.1.0"
@@ -100,7 +102,7 @@ class ScriptedActor:
         seed: int = 0,
         keys: Path | None = None,
     ) -> None:
-        hello = Hello(role="actor", peer=name, software=SOFTWARE, host="scripted", pid=os.getpid())
+        hello = Hello(role="actor", peer=name, software=SOFTWARE, host=socket.gethostname(), pid=os.getpid())
         self.name, self.capacity, self.group_s, self.tokens = name, capacity, group_s, tokens
         self.published = 0
         self.refused: list[str] = []
@@ -110,6 +112,7 @@ class ScriptedActor:
         self._policy = (0, 0)
         self._held: dict[GroupId, Assignment] = {}
         self._stopping = threading.Event()
+        self._stacks = StackAnswers()
         self._beat_s = 0.1
 
     def run(self) -> None:
@@ -139,8 +142,10 @@ class ScriptedActor:
             pulse = self._pulse_client.request(beat, timeout_s=None).message
             assert isinstance(pulse, Pulse)
             self._policy = (pulse.era, pulse.version)
-            if pulse.command == "stop":
+            if pulse.command != "run":
                 self._stopping.set()
+            if request := self._stacks.wanted(pulse):
+                self._pulse_client.request(self._stacks.answer(request), timeout_s=5.0)
             self._stopping.wait(self._beat_s)
         self._pulse_client.close()
 
@@ -203,6 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    stacks.arm()
     wire.ATTEMPT_S = 0.5  # a request that a killed broker swallowed is sent again soon
     ScriptedActor(
         options.address,

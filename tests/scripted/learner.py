@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import threading
 import time
 from pathlib import Path
 
-from common import wire
+from common import stacks, wire
 from common.messages import (
     Batch,
     Commit,
@@ -31,6 +32,7 @@ from common.messages import (
     Take,
     WeightsAddress,
 )
+from common.stacks import StackAnswers
 from common.wire import Client, RefusedError
 
 SOFTWARE = "0.1.0"
@@ -58,7 +60,9 @@ class ScriptedLearner:
         prefetch: bool = False,
         keys: Path | None = None,
     ) -> None:
-        hello = Hello(role="learner", peer=name, software=SOFTWARE, host="scripted", pid=os.getpid())
+        hello = Hello(
+            role="learner", peer=name, software=SOFTWARE, host=socket.gethostname(), pid=os.getpid()
+        )
         self.checkpoint, self.step_s, self.every, self.prefetch = checkpoint, step_s, every, prefetch
         self.history: list[list[str]] = []
         self.batches: list[Batch] = []
@@ -66,6 +70,7 @@ class ScriptedLearner:
         self._client = Client(address, hello, keys=keys)
         self._pulse_client = Client(address, hello, keys=keys)
         self._stopping = threading.Event()
+        self._stacks = StackAnswers()
         self._beat_s = 0.1
 
     def run(self) -> None:
@@ -104,8 +109,10 @@ class ScriptedLearner:
         while not self._stopping.is_set():
             pulse = self._pulse_client.request(Heartbeat(state="training"), timeout_s=None).message
             assert isinstance(pulse, Pulse)
-            if pulse.command == "stop":
+            if pulse.command != "run":
                 self._stopping.set()
+            if request := self._stacks.wanted(pulse):
+                self._pulse_client.request(self._stacks.answer(request), timeout_s=5.0)
             self._stopping.wait(self._beat_s)
         self._pulse_client.close()
 
@@ -166,6 +173,7 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.01)
     parser.add_argument("--every", type=int, default=2)
     options = parser.parse_args()
+    stacks.arm()
     wire.ATTEMPT_S = 0.5  # a request that a killed broker swallowed is sent again soon
     ScriptedLearner(options.address, options.checkpoint, step_s=options.step_s, every=options.every).run()
 

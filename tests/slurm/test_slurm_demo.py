@@ -12,7 +12,7 @@ from common.recipe import load_recipe
 from common.recipe.load import REPOSITORY
 from deploy.slurm import queue
 from deploy.slurm.plan import Options, cluster_overrides
-from deploy.slurm.scale import scale
+from deploy.slurm.scale import scale_array
 from deploy.slurm.state import read_state
 from deploy.slurm.submit import submit_recipe
 from tests.deploy.dashboards import selectors
@@ -73,11 +73,11 @@ def test_the_demo_survives_scaling_and_requeues(cluster: Cluster, submitted: Pat
     folder, state = submitted, read_state(submitted)
     wait_until(lambda: steps_done(folder) >= 2, START_S, "the first steps are trained")
 
-    scale(str(folder), actors=2)
+    scale_array(folder, 2)
     wait_until(
         lambda: actors_at_work() == [0, 1] and joined(folder, "actor-1"), START_S, "a second actor works"
     )
-    scale(str(folder), actors=1)
+    scale_array(folder, 1)
     wait_until(lambda: actors_at_work() == [0], START_S, "it has left again")
 
     cluster.requeue(f"{state.arrays[0]}_0")

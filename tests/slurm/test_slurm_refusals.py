@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from deploy.slurm import queue
-from deploy.slurm.scale import scale
+from deploy.slurm.scale import scale_array
 from deploy.slurm.state import read_state
 from tests.slurm.cluster import Cluster
 from tests.slurm.recipes import write_recipe
@@ -92,16 +92,16 @@ def test_scaling_what_has_ended_is_refused(cluster: Cluster, shared: Path, progr
     state = read_state(folder)
     queue.cancel([str(state.head), *map(str, state.arrays)])
     with pytest.raises(UserError, match=f"not on the cluster .job {state.head} has ended."):
-        scale(str(folder), actors=5)
+        scale_array(folder, 5)
 
 
 def test_waiting_actors_are_taken_out_of_the_queue(cluster: Cluster, shared: Path, program, capsys):
     folder = send(write_recipe(shared), program, actors=4, extra=("--hold",))
     state = read_state(folder)
     try:
-        scale(str(folder), actors=1)
+        scale_array(folder, 1)
         assert [task.index for task in queue.queued("slipstream-demo-actors")] == [0]
-        scale(str(folder), actors=3)
+        scale_array(folder, 3)
         assert sorted(task.index for task in queue.queued("slipstream-demo-actors")) == [0, 1, 2]
         assert "3 taken out of the queue" in capsys.readouterr().out
         assert len(json.loads((folder / "slurm" / "state.json").read_text())["arrays"]) == 2

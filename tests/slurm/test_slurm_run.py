@@ -12,7 +12,7 @@ import pytest
 from common.recipe import load_recipe
 from deploy.slurm import queue
 from deploy.slurm.plan import Options, cluster_overrides
-from deploy.slurm.scale import scale
+from deploy.slurm.scale import scale_array
 from deploy.slurm.state import read_state
 from deploy.slurm.submit import submit_recipe
 from tests.slurm.cluster import Cluster, wait_until
@@ -67,11 +67,11 @@ def test_scaled_hurt_and_requeued_run_ends_whole(cluster: Cluster, shared: Path,
     address = json.loads((folder / "broker.json").read_text())["address"]
     assert not address.startswith("127."), "the broker must be reachable from other nodes"
 
-    scale(str(folder), actors=5)
+    scale_array(folder, 5)
     wait_until(lambda: actors_at_work() == [0, 1, 2, 3, 4], 60, "five actors run")
     wait_until(lambda: len(seen(folder, what="started")) >= 7, 60, "all have joined")
 
-    scale(str(folder), actors=3)
+    scale_array(folder, 3)
     wait_until(lambda: actors_at_work() == [0, 1, 2], 60, "actors 3 and 4 have left")
     assert seen(folder, "actor-3", "left"), "an actor that goes is asked first"
     assert seen(folder, "actor-4", "left")
