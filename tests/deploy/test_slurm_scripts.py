@@ -170,3 +170,17 @@ def test_scaling_reaches_what_is_wanted(entries, wanted):
     assert all(task.state == "PENDING" for task in change.cancel)
     if any(task.state == "PENDING" for task in staying - going):
         assert not change.ask, "waiting tasks go before working ones"
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_where_slurm_cannot_be_installed_its_tests_are_skipped_with_a_word(tmp_path: Path, user: str) -> None:
+    """Neither apt-get nor Slurm, root or not: `make test-slurm` goes on, and says why nothing is tested."""
+    for name, script in (("id", f"echo {user}"), ("bash", 'exec /bin/bash "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    install = Path(__file__).resolve().parents[1] / "slurm" / "install.sh"
+    done = subprocess.run(
+        ["/bin/bash", str(install)], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "tests that need them are skipped" in done.stderr
