@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ import numpy as np
 import psutil
 import zmq
 
-from benchmarks.broker_load import ActorFleet, Clock, Learner, Rate, publish_frames, relay, relay_load
+from benchmarks.broker_load import Clock, Learner, Rate, actor_fleet, publish_frames, relay, relay_load
 from broker.group import Facts
 from broker.journal import Journal
 from broker.ledger import Ledger
@@ -124,18 +123,23 @@ def broker_rate(durability: str, steps: int) -> Rate:
 def generating(
     address: str, learner: Learner, *, actors: int, tokens: int, window: int, heartbeat_s: float = 0.02
 ) -> Iterator[None]:
-    """A fleet of actors at work in another thread."""
+    """A fleet of actors at work in another process."""
+    learner.policy = _SPAWNED.Array("q", [0, 0], lock=False)
     learner.rewind()
-    fleet = ActorFleet(
-        address, actors, GROUP, tokens, learner=learner, window=window, heartbeat_s=heartbeat_s
-    )
-    thread = threading.Thread(target=fleet.run, daemon=True)
-    thread.start()
+    options = {
+        "count": actors,
+        "samples": GROUP,
+        "tokens": tokens,
+        "window": window,
+        "heartbeat_s": heartbeat_s,
+    }
+    process = _SPAWNED.Process(target=actor_fleet, args=(cores()[1], address, learner.policy, options))
+    process.start()
     try:
         yield
     finally:
-        fleet.stop()
-        thread.join(10.0)
+        process.terminate()
+        process.join(10.0)
 
 
 def relay_rate(steps: int) -> Rate:

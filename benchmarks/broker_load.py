@@ -1,23 +1,26 @@
 """Load for `benchmarks.broker`: actors and a learner that cost little themselves, and the relay to compare with.
 
 Invariant: the frames are those of the real messages; only their making is cut short (one payload for all groups,
-headers packed without validation), so that the machine's time goes to the broker and to the relay alike.
+the responses' headers packed once), so that the machine's time goes to the broker and to the relay alike. Actors
+and learner are processes of their own, as they are in a run.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-import msgpack
+import msgspec
 import numpy as np
 import zmq
 
-from common.messages import PROTOCOL
+from common.messages import encode_plain
 
 HIGH_WATER_MARK = 64
 LEASE_WAIT_S = 1.0
@@ -43,6 +46,7 @@ class Rate(NamedTuple):
         return cls(size / (end.wall - start.wall), size / max(1e-2, end.cpu - start.cpu))
 
 
+@functools.cache
 def payload_of(samples: int, tokens: int) -> list[bytes]:
     """Three buffers: a prompt of 100 ids, and ids and log-probabilities of all responses."""
     rng = np.random.default_rng(0)
@@ -64,36 +68,34 @@ def publish_frames(
     request: int = 0,
 ) -> list[bytes]:
     """A `Publish` message and its payload; half of the responses are right."""
-    responses = [
-        {
-            "tokens": tokens,
-            "reward": float(i % 2),
-            "verdict": "correct" if i % 2 else "wrong",
-            "finish": "stop",
-            "versions": [[policy[1], tokens]],
-        }
-        for i in range(samples)
-    ]
     header = {
         "group": assignment["group"],
         "lease": assignment["lease"],
         "era": policy[0],
         "actor": actor,
         "prompt_tokens": 100,
-        "responses": responses,
+        "responses": responses(samples, tokens, policy[1]),
     }
-    key = samples, tokens
-    if key not in _PAYLOADS:
-        _PAYLOADS[key] = payload_of(samples, tokens)
-    return [pack("publish", {"header": header}, request), *_PAYLOADS[key]]
+    return [encode_plain("publish", request, {"header": header}), *payload_of(samples, tokens)]
 
 
-_PAYLOADS: dict[tuple[int, int], list[bytes]] = {}
+@functools.cache
+def responses(samples: int, tokens: int, version: int) -> msgspec.Raw:
+    """Packed headers of a group's responses."""
+    headers = [
+        {
+            "tokens": tokens,
+            "reward": float(i % 2),
+            "verdict": "correct" if i % 2 else "wrong",
+            "finish": "stop",
+            "versions": [[version, tokens]],
+        }
+        for i in range(samples)
+    ]
+    return msgspec.Raw(msgspec.msgpack.encode(headers))
 
 
-def pack(kind: str, body: dict[str, Any], request: int) -> bytes:
-    """A header frame without validation."""
-    return msgpack.packb([PROTOCOL, kind, request, body])
+_reply = msgspec.msgpack.Decoder(tuple[int, str, int, dict[str, Any]])
 
 
 class Connection:
@@ -111,12 +113,13 @@ class Connection:
 
     def send(self, kind: str, body: dict[str, Any]) -> int:
         number = next(self.numbers)
-        self.socket.send(pack(kind, body, number))
+        self.socket.send(encode_plain(kind, number, body))
         return number
 
-    def receive(self) -> tuple[str, int, dict[str, Any], list[zmq.Frame]]:
-        header, *payload = self.socket.recv_multipart(copy=False)
-        _, kind, number, body = msgpack.unpackb(header.buffer, raw=False)
+    def receive(self, flags: int = 0) -> tuple[str, int, dict[str, Any], list[zmq.Frame]]:
+        """Kind, number, body and payload of the next reply."""
+        header, *payload = self.socket.recv_multipart(flags, copy=False)
+        _, kind, number, body = _reply.decode(header.buffer)
         return kind, number, body, payload
 
     def ask(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -130,19 +133,23 @@ class Connection:
 
 
 class Learner(Connection):
-    """Takes, fetches and commits step after step; `policy` is what the actors of this process hold at once."""
+    """Takes, fetches and commits step after step.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        policy: shared with the actors, era and version: what they hold at once, as if weights took no time.
+    """
+
+    def __init__(self, address: str, policy: Any | None = None) -> None:
         super().__init__(address, "learner", "learner")
         self.received = 0
         self.step = 0
-        self.policy = (0, 0)
+        self.policy = policy if policy is not None else [0, 0]
 
     def status(self) -> dict[str, Any]:
         return self.ask("status_query", {"groups": False})["status"]
 
     def rewind(self) -> None:
-        self.policy = (self.ask("rewind", {"step": 0, "version": 0})["era"], 0)
+        self.policy[0], self.policy[1] = self.ask("rewind", {"step": 0, "version": 0})["era"], 0
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
@@ -154,14 +161,14 @@ class Learner(Connection):
             self.received += sum(len(part.buffer) for part in payload)
             self.ask("commit", {"step": self.step, "version": self.step + 1, "metrics": {}})
             self.step += 1
-            self.policy = (self.policy[0], self.step)
+            self.policy[1] = self.step
 
 
 class ActorFleet:
     """Many actors in one thread: each leases, publishes, waits for its ACK, and sends heartbeats.
 
     Args:
-        learner: of the same process; the actors hold its newest policy, as if weights took no time.
+        policy: era and version, shared with the learner.
         window: groups that the broker admits at one time, shared out among the actors.
         heartbeat_s: seconds between an actor's heartbeats, which say what policy it holds.
     """
@@ -173,46 +180,47 @@ class ActorFleet:
         samples: int,
         tokens: int,
         *,
-        learner: Learner,
+        policy: Any,
         window: int,
         heartbeat_s: float,
     ) -> None:
-        self.shape, self.learner, self.heartbeat_s = (samples, tokens), learner, heartbeat_s
+        self.shape, self.policy, self.heartbeat_s = (samples, tokens), policy, heartbeat_s
         context = zmq.Context()
         context.set(zmq.MAX_SOCKETS, count + 100)
         self.actors = [Connection(address, "actor", f"actor-{i}", context) for i in range(count)]
         self.names = {id(actor.socket): f"actor-{i}" for i, actor in enumerate(self.actors)}
         self.capacity = max(1, min(32, window // count))
-        self._stopping = threading.Event()
         self._open = {id(actor.socket): 0 for actor in self.actors}
 
-    def stop(self) -> None:
-        self._stopping.set()
-
     def run(self) -> None:
-        """Serve every connection as replies come in."""
+        """Serve every connection as replies come in, for good."""
         poller = zmq.Poller()
         by_socket = {actor.socket: actor for actor in self.actors}
         for actor in self.actors:
             poller.register(actor.socket, zmq.POLLIN)
             self._lease(actor)
         next_beat = time.monotonic()
-        while not self._stopping.is_set():
+        while True:
             for socket, _ in poller.poll(5):
-                self._answer(by_socket[socket])
+                self._answer_all(by_socket[socket])
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + self.heartbeat_s
-                era, version = self.learner.policy
+                era, version = self.policy
                 for actor in self.actors:
                     actor.send("heartbeat", {"state": "working", "era": era, "version": version})
 
     def _lease(self, actor: Connection) -> None:
-        era, version = self.learner.policy
+        era, version = self.policy
         body = {"capacity": self.capacity, "era": era, "version": version, "wait_s": LEASE_WAIT_S}
         actor.send("lease", body)
 
-    def _answer(self, actor: Connection) -> None:
-        kind, _, content, _ = actor.receive()
+    def _answer_all(self, actor: Connection) -> None:
+        with suppress(zmq.Again):
+            while True:
+                kind, _, content, _ = actor.receive(zmq.NOBLOCK)
+                self._answer(actor, kind, content)
+
+    def _answer(self, actor: Connection, kind: str, content: dict[str, Any]) -> None:
         if kind == "grant":
             self._publish(actor, content["groups"])
         elif kind == "ack":
@@ -231,10 +239,16 @@ class ActorFleet:
                 assignment,
                 self.names[id(actor.socket)],
                 *self.shape,
-                self.learner.policy,
+                (self.policy[0], self.policy[1]),
                 next(actor.numbers),
             )
-            actor.socket.send_multipart(frames, copy=False)
+            actor.socket.send_multipart(frames)  # below 64 KiB a copy is cheaper than its avoidance
+
+
+def actor_fleet(core: int, address: str, policy: Any, options: dict[str, Any]) -> None:
+    """Target of a process: a fleet at work."""
+    os.sched_setaffinity(0, {core})
+    ActorFleet(address, policy=policy, **options).run()
 
 
 # --- the reference -----------------------------------------------------------------------------------------
@@ -268,7 +282,7 @@ def relay_load(
 
     def send() -> None:
         for _ in range(groups):
-            sender.send_multipart(frames, copy=False)
+            sender.send_multipart(frames)
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()

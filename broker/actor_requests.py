@@ -233,20 +233,20 @@ class ActorRequests:
             buffers = [_compact(part) for part in payload]
             state.store.put(header.group, Entry(frame, buffers, profile))
         if outcome.status != "duplicate":
-            self._measure(peer, profile.lengths, outcome.status, now)
-            state.meters.rollouts.add(header.responses, state.ledger.version - min(profile.versions))
+            self._measure(peer, profile, outcome.status, now)
         ack = {"status": outcome.status, "reason": outcome.reason}
         self._outbox.reply_plain(origin, "ack", ack, durable=True)
 
-    def _measure(self, peer: Peer, lengths: Sequence[int], status: str, now: float) -> None:
-        meters, tokens = self._state.meters, sum(lengths)
-        meters.lengths["sampled"].add(lengths)
+    def _measure(self, peer: Peer, profile: Profile, status: str, now: float) -> None:
+        meters = self._state.meters
+        meters.lengths["sampled"].add(profile.lengths)
         if status in ("filtered", "expired"):
-            meters.lengths[status].add(lengths)
-        meters.bytes_in += BYTES_PER_TOKEN * tokens
+            meters.lengths[status].add(profile.lengths)
+        meters.rollouts.add(profile, self._state.ledger.version - profile.oldest)
+        meters.bytes_in += BYTES_PER_TOKEN * profile.tokens
         peer.groups += 1
-        peer.tokens += tokens
-        peer.token_rate.add(tokens, now)
+        peer.tokens += profile.tokens
+        peer.token_rate.add(profile.tokens, now)
 
     def release(self, origin: Origin, peer: Peer, message: Release, now: float) -> None:
         """Take leases back."""
@@ -282,15 +282,15 @@ def _compact(part: Buffer) -> Buffer:
 
 
 def _facts(header: GroupHeader, profile: Profile) -> Facts:
-    rewards = [response.reward for response in header.responses]
+    rewards = profile.rewards
     return Facts(
         key=header.group,
         lease=header.lease,
         actor=header.actor,
         era=header.era,
-        oldest=min(profile.versions),
-        newest=max(profile.versions),
+        oldest=profile.oldest,
+        newest=profile.newest,
         reward=sum(rewards) / len(rewards),
-        tokens=sum(profile.lengths),
-        zero_variance=len(set(rewards)) == 1,
+        tokens=profile.tokens,
+        zero_variance=min(rewards) == max(rewards),
     )

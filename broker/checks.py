@@ -89,7 +89,7 @@ def check_group(header: GroupHeader, profile: Profile, payload: Sequence[Buffer]
         )
     if prompt > limits.max_prompt_tokens:
         raise MalformedMessage(f"a prompt of {prompt} tokens; the context has {limits.max_prompt_tokens}")
-    sizes, tokens = [len(part) for part in payload], sum(lengths)
+    sizes, tokens = [len(part) for part in payload], profile.tokens
     if sizes != [4 * prompt, 4 * tokens, 4 * tokens]:
         raise MalformedMessage(f"payload of {sizes} bytes; the header announces {list(header.payload_sizes)}")
     _check_ids(payload[0], limits.vocabulary, "prompt")
@@ -99,12 +99,12 @@ def check_group(header: GroupHeader, profile: Profile, payload: Sequence[Buffer]
 
 def _check_ids(buffer: Buffer, vocabulary: int, what: str) -> None:
     ids = np.frombuffer(buffer, dtype="<u4")  # a negative int32 reads as a huge uint32: one comparison does
-    if ids.max() >= vocabulary:
+    if np.maximum.reduce(ids) >= vocabulary:
         raise MalformedMessage(f"a {what} token id is outside the vocabulary of {vocabulary}")
 
 
 def _check_logprobs(buffer: Buffer) -> None:
     values = np.frombuffer(buffer, dtype="<f4")
-    highest, lowest = values.max(), values.min()  # a NaN anywhere makes both NaN
+    highest, lowest = np.maximum.reduce(values), np.minimum.reduce(values)  # a NaN anywhere makes both NaN
     if not (np.isfinite(lowest) and highest <= LOGPROB_SLACK):
         raise MalformedMessage("a log-probability is not finite or above 0")

@@ -9,16 +9,17 @@ the other meters; a broker that is killed loses what came after its last save.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 
-class Response(Protocol):
-    """What is read of a response; see `messages.ResponseHeader`."""
+class Profile(Protocol):
+    """What is read of a group, by response; see `broker.meters.Profile`."""
 
+    lengths: list[int]
+    rewards: list[float]
+    verdicts: list[str]
     tokens: int
-    reward: float
-    verdict: str
 
 
 class Rollouts:
@@ -31,16 +32,14 @@ class Rollouts:
         self._longest = 0
         self.last: dict[str, float] = {}
 
-    def add(self, responses: Sequence[Response], lag: int) -> None:
+    def add(self, group: Profile, lag: int) -> None:
         """Count a group.
 
         Args:
-            responses: of the group, at least one.
+            group: of at least one response.
             lag: versions between its oldest token and the newest version.
         """
-        verdicts = [response.verdict for response in responses]
-        rewards = [response.reward for response in responses]
-        lengths = [response.tokens for response in responses]
+        verdicts, rewards, lengths = group.verdicts, group.rewards, group.lengths
         correct = verdicts.count("correct")
         sums = self._sums
         sums["groups"] += 1
@@ -49,7 +48,7 @@ class Rollouts:
         sums["all_wrong"] += not correct
         sums["equal_reward"] += min(rewards) == max(rewards)
         sums["lag"] += lag
-        sums["tokens"] += sum(lengths)
+        sums["tokens"] += group.tokens
         if correct:
             pairs = zip(lengths, verdicts, strict=True)
             sums["tokens_correct"] += sum(length for length, verdict in pairs if verdict == "correct")

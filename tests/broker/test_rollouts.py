@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.members import Peer
+from broker.meters import Profile
 from broker.points import PEERS_SHOWN, fleet_point, system_point
 from broker.rollouts import Rollouts
 from common.tracking.catalogue import entry_of, full_name
@@ -29,6 +30,12 @@ class Made(NamedTuple):
 
 responses = st.builds(Made, st.integers(1, 2000), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(VERDICTS))
 groups = st.lists(st.tuples(st.lists(responses, min_size=1, max_size=8), st.integers(0, 9)), max_size=12)
+
+
+def profile(group: list[Made]) -> Profile:
+    """What the broker reads of such a group."""
+    lengths, rewards, verdicts = (list(values) for values in zip(*group, strict=True))
+    return Profile(lengths, rewards, verdicts, {0: sum(lengths)}, sum(lengths))
 
 
 def plain_calculation(published: list[tuple[list[Made], int]]) -> dict[str, float]:
@@ -65,14 +72,14 @@ def test_a_window_is_the_plain_calculation_also_over_a_restart(published, cut: i
             saved = msgpack.unpackb(msgpack.packb(rollouts.state()))
             rollouts = Rollouts()
             rollouts.restore(saved)
-        rollouts.add(group, lag)
+        rollouts.add(profile(group), lag)
     assert rollouts.close_window() == pytest.approx(plain_calculation(published))
     assert rollouts.close_window() == {"groups": 0.0, "responses": 0.0}, "each group counts once"
 
 
 def test_every_figure_is_in_the_catalogue() -> None:
     rollouts = Rollouts()
-    rollouts.add([Made(3, 1.0, "correct"), Made(5, 0.0, "wrong")], 1)
+    rollouts.add(profile([Made(3, 1.0, "correct"), Made(5, 0.0, "wrong")]), 1)
     assert all(entry_of(full_name("actor", name)) for name in rollouts.close_window())
 
 
