@@ -77,6 +77,11 @@ class Shipper:
         return self._delivery.mlflow_run
 
     @property
+    def url(self) -> str | None:
+        """Where a browser shows the run; None before there is one, or without a server."""
+        return self._delivery.url
+
+    @property
     def shown_uri(self) -> str:
         """The store, without a password."""
         return without_password(self.uri)
