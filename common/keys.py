@@ -88,6 +88,12 @@ def check_server(folder: Path) -> None:
     _pair(folder, SERVER)
 
 
+def check_client(folder: Path) -> None:
+    """Raise UserError unless `folder` has what a broker's peers need."""
+    _public(folder / f"{SERVER}.key")
+    _pair(folder, CLIENT)
+
+
 def _public(path: Path) -> str:
     return _load(path)[0].decode()
 

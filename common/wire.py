@@ -127,7 +127,11 @@ def _still_waiting(
     """Raise when the caller's time is up; else say now and then who is waited for, and when to say it next."""
     waited = time.monotonic() - started
     if timeout_s is not None and waited >= timeout_s:
-        raise BrokerUnreachable(f"no answer from the broker at {address} for {waited:.0f} s ({message.kind})")
+        advice = ": is it running there, is the port open, and are the keys the broker's?"
+        raise BrokerUnreachable(
+            f"no answer from the broker at {address} for {waited:.0f} s ({message.kind})"
+            f"{advice if isinstance(message, Hello) else ''}"
+        )
     if time.monotonic() < notice:
         return notice
     log.warning("waiting for the broker at %s for %.0f s (%s)", address, waited, message.kind)

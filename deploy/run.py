@@ -41,12 +41,16 @@ def run(
 
     Ctrl-C stops everything in order within 10 seconds; `--resume` goes on from there.
     """
+    from common.keys import check_client, check_server
     from common.recipe import load_recipe
     from deploy.folder import prepare
     from deploy.preflight import preflight
 
     loaded = load_recipe(recipe, overrides or ())
     preflight(loaded)
+    if loaded.broker.keys is not None:
+        check_server(loaded.broker.keys)
+        check_client(loaded.broker.keys)
     folder = prepare(loaded, resume=resume, fresh=fresh)
     raise typer.Exit(run_here(loaded, folder, resume=resume, quiet=quiet))
 

@@ -100,11 +100,14 @@ def broker(
 ) -> None:
     """Run the broker: question ledger, trajectory buffer, journal. One per run; actors and the learner join it."""
     from broker.main import serve
+    from common.keys import check_server
     from common.recipe import load_recipe
     from deploy.folder import find_folder, prepare
 
     set_up_logging()
     loaded = load_recipe(recipe, overrides or ())
+    if loaded.broker.keys is not None:
+        check_server(loaded.broker.keys)
     recorded = find_folder(replay) if replay else None
     folder = prepare(loaded, resume=resume, fresh=fresh)
     tracker = _start_tracker(folder)

@@ -7,10 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from common.errors import UserError
+from common.keys import make_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = str(REPOSITORY / "models" / "minimath-base")
@@ -91,8 +95,52 @@ def test_port_in_use(recipe: Path) -> None:
         assert f"broker.port: port {port}" in refused(recipe, f"broker.port={port}")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda keys: (keys / "server.key_secret").chmod(0o644), "can be read by others: chmod 600"),
+        (lambda keys: (keys / "server.key_secret").unlink(), "server.key_secret' does not exist"),
+        (lambda keys: (keys / "server.key_secret").write_text("no key"), "cannot be read as a key"),
+    ],
+)
+def test_keys_that_are_no_secret_or_no_keys(
+    recipe: Path, spoil: Callable[[Path], object], words: str
+) -> None:
+    keys = recipe.parent / "keys"
+    make_keys(keys)
+    spoil(keys)
+    assert words in refused(recipe, f"broker.keys='{keys}'")
+    done = slipstream("broker", str(recipe), "--set", f"broker.keys='{keys}'", cwd=recipe.parent)
+    assert (done.returncode, words in done.stderr, done.stderr.count("error: ")) == (2, True, 1)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_keys_of_the_workers_beside_the_broker(recipe: Path) -> None:
+    keys = recipe.parent / "keys"
+    make_keys(keys)
+    (keys / "client.key_secret").unlink()
+    assert "client.key_secret' does not exist" in refused(recipe, f"broker.keys='{keys}'")
+
+
+def test_nobody_listens_where_an_actor_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    import actors.main
+
+    monkeypatch.setattr(actors.main, "JOIN_S", 0.5)
+    with pytest.raises(UserError) as caught:
+        actors.main.run_actor("127.0.0.1:9")
+    for words in ("--join: no answer from the broker at tcp://127.0.0.1:9", "is the port open", "keys"):
+        assert words in str(caught.value)
+
+
+def test_sbatch_is_absent(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = slipstream("submit", str(recipe), "--actors", "2", cwd=recipe.parent)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "sbatch and squeue and scancel and sinfo not found" in done.stderr
+    assert not (recipe.parent / "runs").exists()
+
+
 def test_no_space_left(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from common.errors import UserError
     from common.recipe import load_recipe
     from deploy import preflight
 

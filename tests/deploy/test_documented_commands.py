@@ -16,10 +16,10 @@ A command of a new kind fails here until somebody says how it is to be executed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class Place:
         self.call([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
         written = list(self.folder.glob("runs/*/slurm/*.sbatch"))
         assert {path.name for path in written} == {"head.sbatch", "actors.sbatch"}
-        options = dict(zip(arguments, arguments[1:], strict=False))
+        options = dict(itertools.pairwise(arguments))
         head, actors = sorted(written, key=lambda path: path.name, reverse=True)
         assert f"--array=0-{int(options['--actors']) - 1}" in actors.read_text()
         if "--partition" in options:
@@ -209,8 +209,8 @@ def _exit(code: int) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Place]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Place:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(REPOSITORY / "models")
     monkeypatch.setenv("COLUMNS", "200")
-    yield Place(tmp_path, monkeypatch, capsys)
+    return Place(tmp_path, monkeypatch, capsys)
