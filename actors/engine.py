@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from actors.failure import EngineErrors
 from actors.weights import WEIGHT_WORKER_EXTENSION
 from common.errors import RunFailedError, SlipstreamError
 from common.recipe import Recipe
@@ -117,15 +118,15 @@ class Engine:
 
         os.environ[ACTOR_PID_VARIABLE] = str(os.getpid())
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the recipe
-        try:
-            config = AsyncEngineArgs(**for_this_device(arguments)).create_engine_config()
-            if _fork_is_safe(config):
-                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-            self.llm = OwnedLLM.from_vllm_config(config, disable_log_stats=True)
-        except Exception as error:
-            raise RunFailedError(
-                f"vLLM could not start on '{arguments['model']}': {_first_line(error)}"
-            ) from error
+        with EngineErrors() as errors:
+            try:
+                config = AsyncEngineArgs(**for_this_device(arguments)).create_engine_config()
+                if _fork_is_safe(config):
+                    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+                self.llm = OwnedLLM.from_vllm_config(config, disable_log_stats=True)
+            except Exception as error:
+                reason = errors.reason(error)
+                raise RunFailedError(f"vLLM could not start on '{arguments['model']}': {reason}") from error
         self.max_context: int = config.model_config.max_model_len
         self._processes = list(self.llm.engine_core.resources.engine_manager.processes)
         self._numbers = itertools.count()
@@ -268,7 +269,3 @@ def _parameters(samples: int, sampling: Sampling) -> Any:
 
 def _version_runs(completion: Any) -> list[tuple[int, int]]:
     return [(int(span.version), span.end - span.start) for span in completion.weight_versions]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
