@@ -8,8 +8,8 @@ the other meters; a broker that is killed loses what came after its last save.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 
@@ -22,14 +22,64 @@ class Profile(Protocol):
     tokens: int
 
 
+@dataclass(slots=True)
+class _Window:
+    """Sums over groups (`groups` to `equal_reward`; `lag` in versions) and over their responses."""
+
+    groups: int = 0
+    all_correct: int = 0
+    all_wrong: int = 0
+    equal_reward: int = 0
+    lag: int = 0
+    responses: int = 0
+    reward: float = 0.0
+    correct: int = 0
+    wrong: int = 0
+    truncated: int = 0
+    unverified: int = 0
+    tokens: int = 0
+    tokens_correct: int = 0
+    longest: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Means and shares, by their names in the catalogue."""
+        metrics = {"groups": float(self.groups), "responses": float(self.responses)}
+        if not self.groups:
+            return metrics
+        formatted = self.correct + self.wrong
+        over_responses = {
+            "reward": self.reward,
+            "accuracy": self.correct,
+            "format_share": formatted,
+            "truncated": self.truncated,
+            "unverified": self.unverified,
+            "length": self.tokens,
+        }
+        over_groups = {
+            "groups_all_correct": self.all_correct,
+            "groups_all_wrong": self.all_wrong,
+            "groups_equal_reward": self.equal_reward,
+            "staleness": self.lag,
+        }
+        metrics |= {name: value / self.responses for name, value in over_responses.items()}
+        metrics |= {name: value / self.groups for name, value in over_groups.items()}
+        metrics["length_max"] = float(self.longest)
+        others = self.responses - self.correct
+        if self.correct:
+            metrics["length_correct"] = self.tokens_correct / self.correct
+        if others:
+            metrics["length_incorrect"] = (self.tokens - self.tokens_correct) / others
+        return metrics
+
+
 class Rollouts:
-    """The open window, and in `last` the metrics of the one before (names: group `actor` of the catalogue)."""
+    """The open window, and in `last` the metrics of the one before (names: group `actor` of the catalogue).
+
+    `add` is called for every group that passes the broker: it counts with plain integers and lists.
+    """
 
     def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
-        self._verdicts: Counter[str] = Counter()
-        self._reward = 0.0
-        self._longest = 0
+        self._window = _Window()
         self.last: dict[str, float] = {}
 
     def add(self, group: Profile, lag: int) -> None:
@@ -39,68 +89,38 @@ class Rollouts:
             group: of at least one response.
             lag: versions between its oldest token and the newest version.
         """
-        verdicts, rewards, lengths = group.verdicts, group.rewards, group.lengths
-        correct = verdicts.count("correct")
-        sums = self._sums
-        sums["groups"] += 1
-        sums["responses"] += len(verdicts)
-        sums["all_correct"] += correct == len(verdicts)
-        sums["all_wrong"] += not correct
-        sums["equal_reward"] += min(rewards) == max(rewards)
-        sums["lag"] += lag
-        sums["tokens"] += group.tokens
-        if correct:
+        window, verdicts, rewards, lengths = self._window, group.verdicts, group.rewards, group.lengths
+        count, correct = len(verdicts), verdicts.count("correct")
+        window.groups += 1
+        window.responses += count
+        window.reward += sum(rewards)
+        window.equal_reward += rewards.count(rewards[0]) == count
+        window.lag += lag
+        window.tokens += group.tokens
+        window.longest = max(window.longest, *lengths)
+        if correct == count:
+            window.all_correct += 1
+            window.tokens_correct += group.tokens
+        elif correct:
             pairs = zip(lengths, verdicts, strict=True)
-            sums["tokens_correct"] += sum(length for length, verdict in pairs if verdict == "correct")
-        self._verdicts.update(verdicts)
-        self._reward += sum(rewards)
-        self._longest = max(self._longest, *lengths)
+            window.tokens_correct += sum([length for length, verdict in pairs if verdict == "correct"])
+        else:
+            window.all_wrong += 1
+        window.correct += correct
+        if correct < count:
+            window.wrong += verdicts.count("wrong")
+            window.truncated += verdicts.count("truncated")
+            window.unverified += verdicts.count("unverified")
 
     def close_window(self) -> dict[str, float]:
         """The metrics of the window, which ends; without those that nothing was counted for."""
-        self.last = self._metrics()
-        self._sums.clear()
-        self._verdicts.clear()
-        self._reward, self._longest = 0.0, 0
+        self.last, self._window = self._window.metrics(), _Window()
         return self.last
-
-    def _metrics(self) -> dict[str, float]:
-        sums, verdicts = self._sums, self._verdicts
-        groups, responses, correct = sums["groups"], sums["responses"], verdicts["correct"]
-        if not groups:
-            return {"groups": 0.0, "responses": 0.0}
-        metrics = {
-            "groups": float(groups),
-            "responses": float(responses),
-            "reward": self._reward / responses,
-            "accuracy": correct / responses,
-            "format_share": (correct + verdicts["wrong"]) / responses,
-            "truncated": verdicts["truncated"] / responses,
-            "unverified": verdicts["unverified"] / responses,
-            "length": sums["tokens"] / responses,
-            "length_max": float(self._longest),
-            "groups_all_correct": sums["all_correct"] / groups,
-            "groups_all_wrong": sums["all_wrong"] / groups,
-            "groups_equal_reward": sums["equal_reward"] / groups,
-            "staleness": sums["lag"] / groups,
-        }
-        if correct:
-            metrics["length_correct"] = sums["tokens_correct"] / correct
-        if responses > correct:
-            metrics["length_incorrect"] = (sums["tokens"] - sums["tokens_correct"]) / (responses - correct)
-        return metrics
 
     def state(self) -> dict[str, Any]:
         """For the journal."""
-        return {
-            "sums": dict(self._sums),
-            "verdicts": dict(self._verdicts),
-            "reward": self._reward,
-            "longest": self._longest,
-            "last": self.last,
-        }
+        return {"window": asdict(self._window), "last": self.last}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """As saved by `state`."""
-        self._sums, self._verdicts = Counter(state["sums"]), Counter(state["verdicts"])
-        self._reward, self._longest, self.last = state["reward"], state["longest"], dict(state["last"])
+        self._window, self.last = _Window(**state["window"]), dict(state["last"])
