@@ -110,7 +110,7 @@ class ScriptedBroker:
         groups: (header, payload) of published groups, in order.
         to_lease: questions to hand out; group index = number handed out before.
         evaluation: sent with the next grant.
-        command: of the next pulses.
+        command, dump_stacks: of the next pulses.
         publish_reply: the answer to a published group.
     """
 
@@ -121,6 +121,7 @@ class ScriptedBroker:
         self.to_lease: deque[dict[str, Any]] = deque()
         self.evaluation: EvalJob | None = None
         self.command = "run"
+        self.dump_stacks: str | None = None
         self.version = 0
         self.publish_reply: Callable[[Publish], Message | None] = lambda message: Ack(status="accepted")
         self._given = 0
@@ -158,7 +159,14 @@ class ScriptedBroker:
         )
 
     def _heartbeat(self, message: Any, payload: list[bytes]) -> Message:
-        return Pulse(step=0, version=self.version, era=0, weights=None, command=self.command)
+        return Pulse(
+            step=0,
+            version=self.version,
+            era=0,
+            weights=None,
+            command=self.command,
+            dump_stacks=self.dump_stacks,
+        )
 
     def _lease(self, message: Any, payload: list[bytes]) -> Message:
         groups = []
@@ -189,7 +197,7 @@ class ScriptedBroker:
     def _release(self, message: Any, payload: list[bytes]) -> Message:
         return Ack()
 
-    _goodbye = _eval_result = _release
+    _goodbye = _eval_result = _stacks = _release
 
     def close(self) -> None:
         self._closing.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from actor_world import EOS, ActorProcess, ScriptedBroker, alive, small_recipe, until, write_policy
 
-from common.errors import EXIT_RESTART
+from common.errors import EXIT_RESTART, EXIT_RUN_FAILED
 from common.messages import Ack, EvalJob, EvalQuestion, Refused
+from deploy.launch.supervisor import first_error
 
 pytestmark = pytest.mark.e2e
 
@@ -60,6 +62,40 @@ def test_publishes_what_was_sampled_through_an_outage_and_leaves_in_order(world,
     assert actor.wait(30) == 0
     assert broker.received["goodbye"][-1].reason == "leaving"
     until(lambda: not alive(family), seconds=10)
+    noise = ("terminate called", "Exception ignored", "nanobind", "Traceback")
+    assert not [line for line in actor.log.read_text().splitlines() if any(word in line for word in noise)]
+
+
+def test_a_frozen_engine_shows_its_stack_and_a_broken_model_its_cause(world, policy, tmp_path):
+    broker, actor = world
+    until(lambda: broker.received["lease"], actor)
+    engine = engine_of(actor)
+    os.kill(engine, signal.SIGSTOP)
+    broker.dump_stacks = "first"
+    until(lambda: broker.received["stacks"], actor)
+    (sent,) = broker.received["stacks"]
+    assert sent.request == "first"
+    assert "in beat" in sent.text, "the actor's own tasks"
+    assert f"=== process {engine} (stopped)" in sent.text
+    assert "run_busy_loop" in sent.text, "where the engine stood"
+    os.kill(engine, signal.SIGCONT)
+
+    broken = shutil.copytree(policy, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    broker.recipe["model"]["path"] = str(broken)
+    unlucky = ActorProcess(broker.address, tmp_path / "unlucky.log", name="unlucky")
+    assert unlucky.wait() == EXIT_RUN_FAILED
+    said = first_error(unlucky.log)
+    assert said.startswith(f"vLLM could not start on '{broken}': SafetensorError: "), said
+
+
+def engine_of(actor: ActorProcess) -> int:
+    """Process number of the actor's engine: the child that is not one of the verifier's processes."""
+    helpers = ("multiprocessing.spawn", "multiprocessing.resource_tracker")
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in actor.family() - {actor.process.pid}}
+    (engine,) = [pid for pid, line in lines.items() if not any(name in line for name in helpers)]
+    return engine
 
 
 def check_group(header, payload, policy: Path) -> None:
@@ -143,10 +179,7 @@ def test_a_dead_engine_hands_back_the_leases_and_asks_for_a_restart(world):
     until(lambda: broker.received["publish"], actor)
     family = actor.family()
 
-    helpers = ("multiprocessing.spawn", "multiprocessing.resource_tracker")  # the verifier's processes
-    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family - {actor.process.pid}}
-    (engine,) = [pid for pid, line in lines.items() if not any(name in line for name in helpers)]
-    os.kill(engine, signal.SIGKILL)
+    os.kill(engine_of(actor), signal.SIGKILL)
     assert actor.wait(30) == EXIT_RESTART
     assert broker.received["goodbye"][-1].reason == "leaving"
     until(lambda: not alive(family), seconds=10)
