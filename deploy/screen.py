@@ -18,6 +18,8 @@ from rich.text import Text
 from broker.explain import explain
 
 EVENTS_SHOWN = 3
+PEERS_SHOWN = 24  # of a thousand: the rest is in --json
+GONE_SHOWN = 3
 BEHIND_SHOWN_S = 15.0
 DASH = "–"
 
@@ -28,7 +30,10 @@ def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> R
         return Panel(Text(note or "starting broker, actors and learner ..."), title=title, title_align="left")
     parts: list[RenderableType] = [_progress(status), _figures(status), _peers(status)]
     parts += [Text(str(cause), style="yellow") for cause in explain(status)]
-    parts += [Text(_event(event), style="dim") for event in status["events"][-EVENTS_SHOWN:]]
+    parts += [
+        Text(_event(event), style="yellow" if event["warning"] else "dim")
+        for event in status["events"][-EVENTS_SHOWN:]
+    ]
     if note:
         parts.append(Text(note, style="bold"))
     parts += [Text(line, style="yellow") for line in tracker_behind(status)]
@@ -83,7 +88,28 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
         "mismatch",
         f"mean {number(train.get('mismatch_mean'), '.1e')} nats",
     )
+    table.add_row(
+        "weights", _push(status), "leases", f"oldest {number(status['leases']['oldest_s'], '.0f')} s"
+    )
     return table
+
+
+def _push(status: Mapping[str, Any]) -> str:
+    """The newest weight push as its learner saw it."""
+    meters = next(
+        (p["telemetry"] for p in status["peers"].values() if p["role"] == "learner" and p["alive"]), {}
+    )
+    parts = [
+        f"{label} {format(meters[name], form)}{unit}"
+        for label, name, form, unit in (
+            ("sent in", "push_send_s", ".2f", " s"),
+            ("engines stopped", "push_stopped_ms", ".0f", " ms"),
+            ("furthest behind", "push_versions_behind", ".0f", ""),
+            ("broken links", "push_failures", ".0f", ""),
+        )
+        if name in meters
+    ]
+    return ", ".join(parts) or DASH
 
 
 def bottleneck(train: Mapping[str, Any]) -> str:
@@ -108,17 +134,27 @@ def held_out(status: Mapping[str, Any]) -> str:
 
 def _peers(status: Mapping[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 3))
-    for name, peer in status["peers"].items():
-        if peer["role"] == "observer":
-            continue
-        usage = peer["telemetry"]
-        state = peer["state"] if peer["alive"] else f"gone: {peer['farewell'] or 'no sign of life'}"
-        table.add_row(
-            name,
-            f"{state}, version {peer['version']}",
-            f"{number(usage.get('cpu_cores'), '.1f')} cores, {number(usage.get('rss_mb'), ',.0f')} MiB{_gpu(usage)}",
-        )
+    workers = [(name, peer) for name, peer in status["peers"].items() if peer["role"] != "observer"]
+    living = [entry for entry in workers if entry[1]["alive"]]
+    gone = sorted((e for e in workers if not e[1]["alive"]), key=lambda entry: entry[1]["last_seen_s"])
+    for name, peer in sorted(living, key=lambda entry: entry[1]["role"] != "learner")[:PEERS_SHOWN]:
+        table.add_row(name, f"{peer['state']}, version {peer['version']}", _pace(peer, status), _usage(peer))
+    if len(living) > PEERS_SHOWN:
+        table.add_row(f"and {len(living) - PEERS_SHOWN} more")
+    for name, peer in gone[:GONE_SHOWN]:
+        table.add_row(name, f"gone: {peer['farewell'] or 'no sign of life'}")
     return table
+
+
+def _pace(peer: Mapping[str, Any], status: Mapping[str, Any]) -> str:
+    if peer["role"] == "learner":
+        return f"{number((status['train'] or {}).get('tokens_per_s'), ',.0f')} tokens/s"
+    return f"{number(peer['tokens_per_s'], ',.0f')} tokens/s"
+
+
+def _usage(peer: Mapping[str, Any]) -> str:
+    usage = peer["telemetry"]
+    return f"{number(usage.get('cpu_cores'), '.1f')} cores, {number(usage.get('rss_mb'), ',.0f')} MiB{_gpu(usage)}"
 
 
 def _gpu(usage: Mapping[str, float]) -> str:

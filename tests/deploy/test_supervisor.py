@@ -13,6 +13,7 @@ import pytest
 
 from deploy.launch import supervisor as sv
 from deploy.launch.layout import Share
+from deploy.run import Silence
 
 
 def worker(
@@ -128,3 +129,28 @@ def test_workers_die_with_a_killed_supervisor(tmp_path: Path) -> None:
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_silent_broker_has_everybodys_stacks_written(tmp_path: Path) -> None:
+    """What the launcher does when its broker no longer answers: each worker is asked by signal."""
+    code = (
+        "import threading\nfrom common import stacks\nstacks.arm()\n"
+        "def held_for_ever():\n    lock = threading.Lock(); lock.acquire(); print('held', flush=True); lock.acquire()\n"
+        "held_for_ever()\n"
+    )
+    supervisor = sv.Supervisor([worker(tmp_path, "broker", code), worker(tmp_path, "done", "pass")], 0, print)
+    supervisor.start()
+    deadline = time.monotonic() + 20
+    while "held" not in (tmp_path / "broker.log").read_text() or supervisor.workers[1].process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    prefix = supervisor.keep_stacks(tmp_path / "stacks")
+    assert "held_for_ever" in Path(f"{prefix}-broker.txt").read_text()
+    assert [path.name for path in prefix.parent.iterdir()] == [f"{prefix.name}-broker.txt"]
+    supervisor.end(term_s=0.5)
+
+
+def test_one_alarm_per_silence() -> None:
+    silence = Silence(10.0)
+    looks = [silence.look(seconds) for seconds in (0.0, 9.9, 10.0, 50.0, 0.2, 10.5)]
+    assert looks == [False, False, True, False, False, True]
