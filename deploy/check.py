@@ -48,7 +48,15 @@ def _print(recipe: Recipe) -> None:
     from rich.table import Table
 
     from deploy.outline import outline
-    from deploy.preflight import check_addresses, check_disk, check_ports, check_reward, check_template
+    from deploy.preflight import (
+        check_addresses,
+        check_disk,
+        check_memory,
+        check_ports,
+        check_reward,
+        check_template,
+        meant_for_gpus,
+    )
 
     check_template(recipe)
     check_addresses(recipe)
@@ -58,6 +66,10 @@ def _print(recipe: Recipe) -> None:
     shape = _shape(recipe, notes)
     if shape:
         _note_of(lambda: check_disk(recipe, shape), notes)
+        if meant_for_gpus(recipe):
+            _note_of(lambda: check_memory(recipe, shape), notes)
+        else:
+            check_memory(recipe, shape)
     questions = _questions(recipe, notes)
     table = Table(title=f"Plan of {recipe.run.name}", show_header=False, box=None, title_justify="left")
     table.add_column(style="bold", no_wrap=True)

@@ -11,7 +11,8 @@ from common.model_files import ModelShape
 from common.recipe import Recipe
 from common.telemetry import visible_gpus
 from deploy.launch.layout import Share, share_out
-from deploy.memory import MIB, actor_memory, learner_memory
+from deploy.memory import MIB, Device, actor_memory, learner_memory, smallest_gpu_bytes
+from deploy.preflight import meant_for_gpus
 
 
 def outline(recipe: Recipe, shape: ModelShape | None, questions: int | None) -> list[tuple[str, str]]:
@@ -103,11 +104,10 @@ def _evaluation(recipe: Recipe) -> str:
 
 
 def _devices(recipe: Recipe) -> str:
-    gpus = visible_gpus()
-    wanted = recipe.learner.ranks + recipe.actor.count * recipe.actor.tensor_parallel
-    if recipe.launch.device == "auto" and not gpus and wanted > len(os.sched_getaffinity(0)):
+    if meant_for_gpus(recipe):
+        wanted = recipe.learner.ranks + recipe.actor.count * recipe.actor.tensor_parallel
         return f"made for {wanted} GPUs; this machine has none"
-    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), gpus)
+    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), visible_gpus())
     name = "GPU" if layout.device == "gpu" else "core"
 
     def part(share: Share) -> str:
@@ -130,10 +130,17 @@ def _ports(recipe: Recipe) -> str:
 
 
 def _memory(recipe: Recipe, shape: ModelShape) -> str:
-    device = "gpu" if visible_gpus() else "cpu"
-    plans = {"learner rank": learner_memory(recipe, shape), "actor rank": actor_memory(recipe, shape, device)}
+    device: Device = "gpu" if visible_gpus() or meant_for_gpus(recipe) else "cpu"
+    size = smallest_gpu_bytes(visible_gpus()) if device == "gpu" else None
+    plans = {
+        "learner rank": learner_memory(recipe, shape, device),
+        "actor rank": actor_memory(recipe, shape, device, size),
+    }
     lines = []
     for name, plan in plans.items():
-        terms = ", ".join(f"{term} {size / MIB:,.0f}" for term, size in plan.terms.items() if size >= MIB)
+        parts = {**plan.terms, "libraries": plan.imports}
+        terms = ", ".join(f"{term} {size / MIB:,.0f}" for term, size in parts.items() if size >= MIB)
         lines.append(f"{name} about {plan.total / MIB:,.0f} MiB ({terms})")
+    if device == "gpu":
+        lines.append("(formulas measured on CPU; the GPU's constants are assumed)")
     return "\n".join(lines)

@@ -16,7 +16,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.model_files import ModelShape, read_shape, require_tokenizer
 from common.recipe import Recipe
-from deploy.memory import learner_memory
+from common.telemetry import visible_gpus
+from deploy.memory import actor_memory, free_host_bytes, learner_memory, smallest_gpu_bytes
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18  # state, master weights and the Hugging Face export, per checkpoint
 MIB = 1 << 20
@@ -35,6 +36,7 @@ def preflight(recipe: Recipe, *, questions: bool = True, ports: bool = True) -> 
     shape = check_model(recipe)
     check_reward(recipe)
     check_disk(recipe, shape)
+    check_memory(recipe, shape)
     if questions:
         check_questions(recipe)
     if ports:
@@ -144,15 +146,58 @@ def check_disk(recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
-def check_memory(recipe: Recipe, shape: ModelShape, available: float) -> None:
-    """The learner ranks of this machine fit into `available` bytes of memory."""
-    needed = learner_memory(recipe, shape).total * recipe.learner.ranks
-    if needed > available:
+def check_memory(recipe: Recipe, shape: ModelShape) -> None:
+    """The learner's ranks and the actors fit into this machine's memory, or into its GPUs."""
+    gpus = visible_gpus() if recipe.launch.device != "cpu" else []
+    if gpus:
+        _check_gpu_memory(recipe, shape, smallest_gpu_bytes(gpus))
+    else:
+        _check_host_memory(recipe, shape, free_host_bytes())
+
+
+def _check_host_memory(recipe: Recipe, shape: ModelShape, free: float) -> None:
+    learner = learner_memory(recipe, shape, "cpu").total * recipe.learner.ranks
+    actors = actor_memory(recipe, shape, "cpu").total * recipe.actor.count * recipe.actor.tensor_parallel
+    if learner + actors <= free:
+        return
+    needed = (
+        f"the run needs about {(learner + actors) / MIB:,.0f} MiB of memory (learner {learner / MIB:,.0f}, actors "
+        f"{actors / MIB:,.0f}), but {free / MIB:,.0f} MiB are free"
+    )
+    if actors > learner:
+        raise UserError(f"{needed}: lower actor.kv_cache_mb or actor.count.", setting="actor.count")
+    raise UserError(
+        f"{needed}: lower it, or set learner.gradient_checkpointing.", setting="learner.micro_batch_tokens"
+    )
+
+
+def _check_gpu_memory(recipe: Recipe, shape: ModelShape, size: float | None) -> None:
+    if size is None:
+        return
+    learner = learner_memory(recipe, shape, "gpu").total
+    actor = actor_memory(recipe, shape, "gpu", size).total
+    if recipe.launch.shared_gpu:
+        learner, actor = learner + actor, learner + actor
+    if learner > size and not recipe.launch.shared_gpu:
         raise UserError(
-            f"the learner needs about {needed / MIB:,.0f} MiB, but {available / MIB:,.0f} MiB are available: "
-            "lower it, or raise learner.zero_stage or learner.ranks.",
+            f"a learner rank needs about {learner / MIB:,.0f} MiB of a GPU's {size / MIB:,.0f} MiB: lower it, raise "
+            "learner.ranks or learner.zero_stage, or keep the snapshots in host memory (weights.route = 'gloo').",
             setting="learner.micro_batch_tokens",
         )
+    if actor > size:
+        raise UserError(
+            f"vLLM's share of a GPU and what a push receives beside it are about {actor / MIB:,.0f} MiB of "
+            f"{size / MIB:,.0f} MiB: lower it.",
+            setting="actor.gpu_memory_utilization",
+        )
+
+
+def meant_for_gpus(recipe: Recipe) -> bool:
+    """Whether the recipe is written for GPUs that this machine does not have."""
+    if recipe.launch.device != "auto" or visible_gpus():
+        return False
+    wanted = recipe.learner.ranks + recipe.actor.count * recipe.actor.tensor_parallel
+    return recipe.model.dtype == "bfloat16" or wanted > len(os.sched_getaffinity(0))
 
 
 def _existing_parent(path: Path) -> Path:

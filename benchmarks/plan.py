@@ -1,0 +1,148 @@
+"""`slipstream plan` against real runs: calibrated from one, it predicts the others.
+
+    python -m benchmarks.plan [--root FOLDER] [--steps 24] [NAME ...]
+
+Runs the demo's recipe on this machine (two cores: one learns, one generates) with the settings of `RUNS`, with a
+learning rate of nearly zero, so that lengths and the share of groups without gradient stay what they are and only
+the pipeline is predicted. Rates are read from `synchronous` alone; no figure of another run enters its prediction.
+Compared are the time of a step, the learner's idle share and the staleness of trained tokens. A prediction holds
+when it is within 20 %, or, where the quantity is close to 0, within 5 points of the share and 0.1 versions.
+
+A run that FOLDER holds already is not made again. The machine should do nothing else meanwhile: `others` says how
+many cores were busy with something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deploy.folder import holds_a_run, read_recipe
+from deploy.planning.calibrate import Calibration, calibrate, measured_figures
+from deploy.planning.simulate import simulate
+from deploy.report import WARM_UP_STEPS
+
+CALIBRATION = "synchronous"
+COMMON = (
+    "learner.lr=1e-12",
+    "broker.record=true",
+    "tracking.enabled=false",
+    "learner.checkpoint_every=1000",
+    "eval.sets=[]",
+)
+RUNS: dict[str, tuple[str, ...]] = {
+    CALIBRATION: ("batch.max_staleness=0",),
+    "staleness-1": ("batch.max_staleness=1",),
+    "staleness-4": ("batch.max_staleness=4",),
+    "half-batch": ("batch.max_staleness=2", "batch.questions_per_step=16"),
+    "few-sequences": ("batch.max_staleness=2", "actor.max_sequences=32"),
+    "long-groups": ("batch.max_staleness=1", "rollout.group_size=16", "batch.questions_per_step=16"),
+    "evaluated": ("batch.max_staleness=2", "eval.sets=['demo-heldout']", "eval.every=4"),
+    "two-actors": ("batch.max_staleness=2", "actor.count=2"),
+}
+SIMULATED_STEPS = 60
+OTHERS_FILE = "others.json"
+TOLERANCE = 0.20
+CLOSE_TO_ZERO = {"step_s": 0.0, "learner_idle": 0.05, "staleness_mean": 0.1}
+EVAL_QUESTIONS = 100  # of the demo's recipe (eval.limit)
+
+
+def main() -> int:
+    """Run what is missing, compare, print; 1 when a prediction does not hold."""
+    options = _options()
+    names = [CALIBRATION, *(name for name in options.names or RUNS if name != CALIBRATION)]
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(options.root or temporary)
+        for name in names:
+            if not holds_a_run(root / name):
+                make_run(root, name, options.steps)
+        calibration = calibrate(root / CALIBRATION)
+        rows = [row for name in names for row in compare(root / name, calibration)]
+    print(json.dumps({"rates": asdict(calibration.rates), "notes": calibration.notes}))
+    print("| run | others | quantity | measured | predicted | error | holds |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['run']} | {row['others']:.2f} | {row['quantity']} | {row['measured']:.3f} | {row['predicted']:.3f} | "
+            f"{row['error']:+.0%} | {'yes' if row['holds'] else '**no**'} |"
+        )
+    return int(not all(row["holds"] for row in rows))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"runs to compare: {', '.join(RUNS)}")
+    parser.add_argument("--root", help="folder that keeps the runs; default: a temporary one")
+    parser.add_argument("--steps", type=int, default=24, help="of each run")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(RUNS):
+        parser.error(f"no such run: {', '.join(sorted(unknown))}")
+    return options
+
+
+def make_run(root: Path, name: str, steps: int) -> None:
+    """One real run: broker, learner, actors."""
+    settings: Sequence[str] = (
+        f"run.root='{root}'",
+        f"run.name='{name}'",
+        f"run.steps={steps}",
+        *COMMON,
+        *RUNS[name],
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "deploy", "run", "demo", "--quiet", *options]
+    started, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    others = (_busy_seconds() - busy - _own_seconds() + own) / (time.monotonic() - started)
+    (root / name / OTHERS_FILE).write_text(json.dumps(max(0.0, others)))
+
+
+def _busy_seconds() -> float:
+    """Processor seconds of the whole machine that were not idle."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait
+
+
+def _own_seconds() -> float:
+    """Processor seconds of our children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def compare(folder: Path, calibration: Calibration) -> list[dict[str, Any]]:
+    """Predicted beside measured, one row per quantity."""
+    recipe, measured = read_recipe(folder), measured_figures(folder)
+    sequences = EVAL_QUESTIONS * (1 + recipe.eval.samples) if recipe.eval.sets else 0
+    workload = replace(calibration.workload, eval_sequences=sequences)
+    predicted = simulate(recipe, calibration.rates, workload, steps=SIMULATED_STEPS, warm_up=WARM_UP_STEPS)
+    others = folder / OTHERS_FILE
+    rows = []
+    for quantity, close in CLOSE_TO_ZERO.items():
+        known, found = getattr(measured, quantity), getattr(predicted, quantity)
+        error = found / known - 1 if known else 0.0
+        rows.append(
+            {
+                "run": folder.name,
+                "others": json.loads(others.read_text()) if others.exists() else float("nan"),
+                "quantity": quantity,
+                "measured": known,
+                "predicted": found,
+                "error": error,
+                "holds": abs(error) <= TOLERANCE or abs(found - known) <= close,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
