@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from common import stacks
@@ -43,7 +44,9 @@ class StackCollection:
         self._missing = set(self._peers)
         self._by_signal_at: float | None = by_signal_at
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._in_thread(self._keep_own)
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs.put(self._keep_own)
+        threading.Thread(target=self._work, name="stacks", daemon=True).start()
 
     @property
     def request(self) -> str | None:
@@ -55,7 +58,7 @@ class StackCollection:
         if request != self._request or peer not in self._missing:
             return False
         self._missing.discard(peer)
-        self._keep(peer, text)
+        self._jobs.put(partial(self._keep, peer, text))
         return True
 
     def tick(self, now: float) -> list[str]:
@@ -65,14 +68,17 @@ class StackCollection:
             silent = sorted(self._missing)
             self._missing.clear()
             if silent:
-                self._in_thread(lambda: self._by_signal(silent))
+                self._jobs.put(partial(self._by_signal, silent))
+            self._jobs.put(None)
         said = []
         while not self._said.empty():
             said.append(self._said.get())
         return said
 
-    def _in_thread(self, work: Callable[[], None]) -> None:
-        threading.Thread(target=work, name="stacks", daemon=True).start()
+    def _work(self) -> None:
+        """All that may wait, for a frozen process or a slow disk, is done here."""
+        while (job := self._jobs.get()) is not None:
+            job()
 
     def _keep_own(self) -> None:
         self._keep("broker", stacks.of_family())

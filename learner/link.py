@@ -178,7 +178,10 @@ class BrokerLink:
                 self._on_actors(set(reply.actors))
             if request := self._stacks.wanted(reply):
                 log.warning("the broker asks for stacks: the run makes no progress")
-                self.post(self._stacks.answer(request))
+                with suppress(
+                    BrokerUnreachable, RefusedError
+                ):  # a help to people; the run does not hang on it
+                    self._client.request(self._stacks.answer(request), timeout_s=ATTEMPT_S)
 
     def _compare(self, pulse: Pulse) -> None:
         weights = self._weights

@@ -279,8 +279,8 @@ def test_past_the_limit_a_peer_is_shut_out_and_others_are_not(tmp_path: Path) ->
     ("changes", "named"),
     [
         ({"run": "another"}, "serves the run 'test'"),
-        ({"software": "7.0"}, "the peer is 7.0"),
-        ({"tokenizer": "other"}, "tokenizer differs"),
+        ({"software": "7.0"}, "b on h is 7.0: install the same version there"),
+        ({"tokenizer": "other"}, "the tokenizer of b on h differs"),
     ],
 )
 def test_a_foreign_peer_is_told_what_does_not_fit(tmp_path: Path, changes: dict, named: str) -> None:
