@@ -82,7 +82,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A sentence above the display, and in run.log."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)  # an address stays whole
         with (self.folder / "run.log").open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

@@ -21,6 +21,7 @@ from deploy.memory import actor_memory, free_host_bytes, learner_memory, smalles
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18  # state, master weights and the Hugging Face export, per checkpoint
 MIB = 1 << 20
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
 
 
 def preflight(recipe: Recipe, *, questions: bool = True, ports: bool = True) -> ModelShape:
@@ -33,6 +34,7 @@ def preflight(recipe: Recipe, *, questions: bool = True, ports: bool = True) -> 
     """
     check_template(recipe)
     check_addresses(recipe)
+    check_tracking(recipe)
     shape = check_model(recipe)
     check_reward(recipe)
     check_disk(recipe, shape)
@@ -105,6 +107,18 @@ def check_addresses(recipe: Recipe) -> None:
     from broker.main import check_bind
 
     check_bind(recipe)
+
+
+def check_tracking(recipe: Recipe) -> None:
+    """MLflow's address is one; whether anybody answers there does not matter, an outage stops no run."""
+    uri = recipe.tracking.uri
+    scheme, separator, _ = (uri or "").partition(":")
+    if uri is None or not separator or scheme.partition("+")[0] in TRACKING_SCHEMES:  # without one: a folder
+        return
+    hint = f"; for a server: 'http://{uri}'" if "//" not in uri else ""
+    raise UserError(
+        f"'{uri}' begins with none of {', '.join(TRACKING_SCHEMES)}{hint}.", setting="tracking.uri"
+    )
 
 
 def check_ports(recipe: Recipe) -> None:

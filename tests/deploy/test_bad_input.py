@@ -71,6 +71,7 @@ def refused(recipe: Path, *settings: str) -> str:
         (["batch.questions_per_step=1000000"], ["data.train", "batch.questions_per_step"]),
         (["broker.bind='0.0.0.0'"], ["broker.bind", "broker.keys"]),
         (["actor.tensor_parallel=3"], ["actor.tensor_parallel", "3"]),
+        (["tracking.uri='localhost:5000'"], ["tracking.uri", "http://localhost:5000"]),
     ],
 )
 def test_setting_is_named(recipe: Path, settings: list[str], words: list[str]) -> None:
