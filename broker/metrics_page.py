@@ -110,6 +110,7 @@ class MetricsPage:
             ("store_bytes", state.store.bytes_held),
             ("no_progress_seconds", state.standstill.seconds(now)),
             ("stalled", state.standstill.alarmed),
+            ("standstills", state.standstill.alarms),
             ("learner_waits_seconds", service.learner.waiting_since(now) or 0.0),
         ):
             self._run.labels(what).set(float(value))
@@ -147,7 +148,6 @@ class MetricsPage:
             "slipstream_payload_bytes_in": ("Payload published.", float(meters.bytes_in)),
             "slipstream_payload_bytes_out": ("Payload fetched.", float(meters.bytes_out)),
             "slipstream_messages_in": ("Messages received.", float(meters.messages_in)),
-            "slipstream_standstills": ("Times that the run stood still.", float(state.standstill.alarms)),
             "slipstream_bad_messages": ("Malformed messages.", float(meters.bad_messages)),
         }
         self._copied.staleness = dict(meters.staleness)
