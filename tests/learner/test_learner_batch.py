@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from learner.batch import Responses, Texts, groups_of_rank, plan_updates
 from learner.metrics import batch_metrics
@@ -59,7 +60,7 @@ def test_filtered_groups_do_not_move_the_others():
     recipe = recipe_for(6, updates=4)
     batch, _ = made_up_batch([[1, 0, 0, 1]] * 6)
     whole = plan_updates(Responses.of(batch, 4), 24, recipe, 1)
-    fewer = batch.model_copy(update={"groups": batch.groups[:4]})
+    fewer = structs.replace(batch, groups=batch.groups[:4])
     part = plan_updates(Responses.of(fewer, 4), 24, recipe, 1)
     for before, after in zip(whole, part, strict=True):
         kept = {sample for row in before.rows[0] for sample in row if sample < 16}
@@ -124,7 +125,7 @@ def test_a_broken_response_is_left_out_and_keeps_its_place(defect):
 
 def test_rewards_count_filtered_groups_and_staleness_counts_tokens():
     batch, _ = made_up_batch([[1, 0, 0, 1]], step=5, version=3)
-    batch = batch.model_copy(update={"scheduled": 3, "filtered": 2, "filtered_rewards": [1.0, 1.0]})
+    batch = structs.replace(batch, scheduled=3, filtered=2, filtered_rewards=[1.0, 1.0])
     metrics = batch_metrics(batch, Responses.of(batch, 4), 12)
     assert metrics["reward"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert metrics["filtered_share"] == pytest.approx(2 / 3)

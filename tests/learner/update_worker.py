@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from common.model_files import ModelShape
 from common.process import leave
@@ -45,7 +46,7 @@ def prepared(recipe: Recipe, ranks: Ranks, batch: dict[str, Any], sent: int | No
     made, payloads = made_up_batch(**batch)
     if sent is not None:
         groups = made.groups[:sent]
-        made = made.model_copy(update={"groups": groups, "filtered": len(made.groups) - sent})
+        made = replace(made, groups=groups, filtered=len(made.groups) - sent)
     work = Preparation(recipe, objective_of(recipe), SHAPE, ranks.rank, ranks.world, None)
     wanted = work.wanted(made)
     return work.prepare(made, {group: payloads[group] for group in wanted})
