@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.recipe import find_recipe
 from common.tasks.countdown import FORMAT_REWARD, countdown, reward
-from studies.curves import claim, run_curve, size, spread
+from studies.curves import claim, run_curve, size, spread, units_of
 from studies.figures import band, grid
 from studies.study import Setting, Study, Table, Unit
 from studies.training import Problem, Run
@@ -64,7 +64,8 @@ class Countdown(Study):
     )
     miniature = (
         "Two numbers up to 9, Dr. GRPO, 120 steps; a base model whose text tries combinations at random and often "
-        "comes to no answer."
+        "comes to no answer. Learning rate 1e-3: of 3e-4 and 1e-3 the one with which the reward of GRPO rose further "
+        "on a base model of another seed (0.32 to 0.52, 0.36 to 0.65 in 40 steps)."
     )
     expectations = (
         Expectation("reward, end - start", claim(lambda rows: _rewards(rows)[1] - _rewards(rows)[0]), 0.1),
@@ -79,19 +80,24 @@ class Countdown(Study):
         ),
     )
 
+    remark = (
+        "The first half of the finding is there, earlier than the check looks: length falls from 16.5 to 13.5 tokens "
+        "within ten steps, while the form is learnt, but the check's start is the mean of the first twelve steps. "
+        "The second half is not: reward goes on rising and length does not. Probable reason: with two numbers and "
+        "three operations the policy learns to pick the right combination at once and needs no search."
+    )
+
     def units(self, setting: Setting) -> list[Unit]:
-        return [Unit(f"seed-{seed}", {"seed": seed}) for seed in setting.seeds]
+        return units_of(setting, [{}])
 
     def run(self, unit: Unit, setting: Setting) -> list[Row]:
-        seed = unit.arguments["seed"]
-        rows = run_curve(
-            lambda: _mini_run(seed, setting),
+        return run_curve(
+            unit,
             setting,
+            lambda: _mini_run(unit.arguments["seed"], setting),
             recipe=RECIPE,
-            name=f"seed-{seed}",
-            settings={"run.seed": seed, "data.train": _full_set(setting)} if setting.full else {},
+            settings={"data.train": _full_set(setting)} if setting.full else {},
         )
-        return [{"seed": seed, **row} for row in rows]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         cells = [("", "start", "lowest", "end")]
@@ -108,8 +114,8 @@ class Countdown(Study):
         left.axhline(FORMAT_REWARD, color="0.5", linestyle=":", label="reward of the form")
         left.legend(frameon=False, fontsize="small")
         band(right, train, "step", "length", smooth=7)
-        left.set(title="shaped reward", xlabel="step")
-        right.set(title="response length (tokens)", xlabel="step")
+        left.set(title="shaped reward", xlabel="step", ylabel="reward")
+        right.set(title="response length", xlabel="step", ylabel="tokens")
 
 
 def reward_of_text(response: str, question: Mapping[str, Any]) -> float:
@@ -216,9 +222,10 @@ def _mini_run(seed: int, setting: Setting) -> Run:
         held_out=_problems(size(setting, 60, 4), 1000),
         template="no",
         steps=size(setting, 120, 2),
-        questions=size(setting, 16, 4),
+        questions=size(setting, 32, 4),
         group=size(setting, 8, 2),
         max_tokens=size(setting, 64, 8),
+        lr=1e-3,
         eval_every=40,
         seed=seed,
         reward=reward,

@@ -1,29 +1,82 @@
-"""Training curves as the studies of reinforcement learning share them: running, reading and drawing.
+"""Training curves as the studies of reinforcement learning share them: running and reading.
 
-Invariant: miniature and full-size runs give rows of the same keys, so that expectations and figures are the same.
+Invariant: miniature and full-size runs give rows of the same keys, so that expectations and figures are the same;
+every row carries the arguments of its unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from studies.pipeline import run_recipe
-from studies.study import Budget, Setting
+from studies.probing import as_problems
+from studies.questions import held_out, training_set
+from studies.study import Budget, Setting, Unit
 from studies.training import Run, train
 from studies.verdict import Row, mean, per_seed
+from studies.zoo import where
 
 RUNS = "runs"  # of full-size runs, beside the study's rows
 END_SHARE = 0.2  # of the steps that count as the end of a run
 
 
 def run_curve(
-    run: Callable[[], Run], setting: Setting, *, recipe: str, name: str, settings: Mapping[str, Any]
+    unit: Unit,
+    setting: Setting,
+    run: Callable[[], Run],
+    *,
+    recipe: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Rows of one run: in this process, or by the pipeline with `recipe` in full size."""
+    """Rows of a unit's run: in this process, or by the pipeline with `recipe` and `settings` in full size."""
     if setting.full:
-        return run_recipe(recipe, name, setting.out / RUNS, settings)
-    return train(run())
+        chosen = {"run.seed": unit.arguments["seed"], **(settings or {})}
+        rows = run_recipe(recipe, unit.key.replace("/", "-"), setting.out / RUNS, chosen)
+    else:
+        rows = train(run())
+    return [{**unit.arguments, **row} for row in rows]
+
+
+def units_of(setting: Setting, runs: Iterable[Mapping[str, Any]]) -> list[Unit]:
+    """One unit for each seed and run; the values that tell runs apart, and the seed, name it."""
+    return [
+        Unit("/".join([*map(str, names.values()), f"seed-{seed}"]), {**names, "seed": seed})
+        for seed in setting.seeds
+        for names in runs
+    ]
+
+
+def small_run(
+    setting: Setting,
+    model: str,
+    *,
+    seed: int,
+    training: str = "orz",
+    problems: int = 800,
+    tested: int = 80,
+    **changes: Any,
+) -> Run:
+    """A miniature run on MiniMath; on the tests' budget the same with next to nothing of everything.
+
+    Args:
+        setting: of the study.
+        model: name in the zoo; the base is that of seed 0 in every run.
+        seed: of questions and sampling.
+        training: name of the question set.
+        problems, tested: how many questions to train on, and to answer greedily.
+        changes: further fields of `Run`.
+    """
+    if setting.budget is Budget.SECONDS:
+        problems, tested = 16, 4
+        changes |= {"steps": 4, "questions": 4, "group": 4, "max_tokens": 12}
+    return Run(
+        model=where(model, 0, setting),
+        problems=as_problems(training_set(training, problems, seed)),
+        held_out=as_problems(held_out(tested)),
+        seed=seed,
+        **changes,
+    )
 
 
 def size(setting: Setting, miniature: int, seconds: int) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from studies.curves import at_end, claim, run_curve, score, size, spread
+from studies.curves import at_end, claim, run_curve, score, small_run, spread, units_of
 from studies.figures import COLOURS, NAMES, band, grid
-from studies.probing import as_problems
-from studies.questions import held_out, training_set
+from studies.pilot import PILOT
 from studies.study import Setting, Study, Table, Unit
 from studies.training import Run
 from studies.verdict import Expectation, Row, per_seed
-from studies.zoo import where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,17 +23,16 @@ MAX_TOKENS = 64
 
 def mini_run(algorithm: str, seed: int, setting: Setting) -> Run:
     """One miniature run."""
-    return Run(
-        model=where(MODEL, 0, setting),
-        problems=as_problems(training_set("orz", size(setting, 1000, 16), seed)),
-        held_out=as_problems(held_out(size(setting, 100, 4))),
-        algorithm=algorithm,
-        template="no",
-        steps=size(setting, 80, 2),
-        questions=size(setting, 16, 4),
-        group=size(setting, 8, 4),
-        max_tokens=size(setting, MAX_TOKENS, 12),
+    return small_run(
+        setting,
+        MODEL,
         seed=seed,
+        problems=1000,
+        tested=100,
+        algorithm=algorithm,
+        steps=100,
+        questions=32,
+        max_tokens=MAX_TOKENS,
     )
 
 
@@ -55,8 +52,7 @@ class DrGrpo(Study):
     )
     miniature = (
         "One base model whose text holds filler lines after the line that decides the method (without it the bias "
-        "cannot act), 80 steps of 16 questions x 8 responses, budget 64 tokens, three seeds, learning rate 1e-3. Tried "
-        "before: 3e-4, with which the policy hardly learnt in 80 steps (Dr. GRPO, seed 0: reward 0.24 to 0.34)."
+        "cannot act), 100 steps of 32 questions x 8 responses, budget 64 tokens, three seeds. " + PILOT
     )
     expectations = (
         Expectation(
@@ -81,26 +77,26 @@ class DrGrpo(Study):
         ),
     )
 
+    remark = (
+        "No pressure on length shows: all four objectives shorten right and wrong responses alike, from 22 tokens to "
+        "19, while they learn equally well. Probable reasons (not measured): filler is only about a quarter of a "
+        "response here, so that 1/length differs by a factor of two between the responses of a group, where in the "
+        "tabular policy of `length-bias`, which shows the effect, it differs by sixteen; a good part of the wrong "
+        "answers are slips in the arithmetic that comes after the filler, and for these the length term cancels; "
+        "and 100 steps of a small step size are few for so small a pressure."
+    )
+
     def models(self, setting: Setting) -> list[tuple[str, int]]:
         return [(MODEL, 0)]
 
     def units(self, setting: Setting) -> list[Unit]:
-        return [
-            Unit(f"{algorithm}/seed-{seed}", {"algorithm": algorithm, "seed": seed})
-            for seed in setting.seeds
-            for algorithm in ALGORITHMS
-        ]
+        return units_of(setting, ({"algorithm": algorithm} for algorithm in ALGORITHMS))
 
     def run(self, unit: Unit, setting: Setting) -> list[Row]:
-        algorithm, seed = unit.arguments["algorithm"], unit.arguments["seed"]
-        rows = run_curve(
-            lambda: mini_run(algorithm, seed, setting),
-            setting,
-            recipe=RECIPES[algorithm],
-            name=f"{algorithm}-seed-{seed}",
-            settings={"run.seed": seed},
+        algorithm = unit.arguments["algorithm"]
+        return run_curve(
+            unit, setting, lambda: mini_run(**unit.arguments, setting=setting), recipe=RECIPES[algorithm]
         )
-        return [{"algorithm": algorithm, "seed": seed, **row} for row in rows]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         cells = [("objective", "reward", "length", "length, right", "length, wrong", "accuracy")]
@@ -130,9 +126,9 @@ class DrGrpo(Study):
             band(axes[4], tests, "step", "score", marker="o", **style)
             _draw_efficiency(axes[5], train, style)
         for axis, title in zip(axes, titles.values(), strict=False):
-            axis.set(title=title, xlabel="step")
-        axes[4].set(title="held-out accuracy, greedy", xlabel="step")
-        axes[5].set(title="token efficiency", xlabel="response length", ylabel="reward")
+            axis.set(title=title, xlabel="step", ylabel="reward" if title == titles["reward"] else "tokens")
+        axes[4].set(title="held-out accuracy, greedy", xlabel="step", ylabel="accuracy")
+        axes[5].set(title="token efficiency", xlabel="response length (tokens)", ylabel="reward")
         axes[0].legend(frameon=False, fontsize="small")
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from studies.curves import claim, run_curve, score, size, spread
+from studies.curves import claim, run_curve, score, small_run, spread, units_of
 from studies.figures import band, grid
-from studies.probing import as_problems
-from studies.questions import PARTS, held_out, training_set
+from studies.questions import PARTS
 from studies.study import Setting, Study, Table, Unit
-from studies.training import Run
 from studies.verdict import Expectation, Row, mean, per_seed
-from studies.zoo import where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = ("no", "qwen_math", "r1")
 SETS = ("orz", "math", "gsm8k", "asdiv")
-MODEL = "qwen-math"
+MODEL = "qwen-math-r1"
+TITLES = {"no": "no template", "qwen_math": "Qwen-Math template", "r1": "R1 template"}
 _SHORT = {"qwen_math": "qwen"}  # in the names of the recipes
 
 
@@ -84,23 +82,25 @@ class Duet(Study):
         return [(MODEL, 0)]
 
     def units(self, setting: Setting) -> list[Unit]:
-        return [
-            Unit(f"{template}/{name}/seed-{seed}", {"template": template, "set": name, "seed": seed})
-            for seed in setting.seeds
-            for template in TEMPLATES
-            for name in SETS
-        ]
+        return units_of(setting, ({"template": of, "set": name} for of in TEMPLATES for name in SETS))
 
     def run(self, unit: Unit, setting: Setting) -> list[Row]:
         template, name, seed = (unit.arguments[key] for key in ("template", "set", "seed"))
-        rows = run_curve(
-            lambda: _mini_run(template, name, seed, setting),
+        return run_curve(
+            unit,
             setting,
+            lambda: small_run(
+                setting,
+                MODEL,
+                seed=seed,
+                training=name,
+                problems=400,
+                template=template,
+                steps=30,
+                eval_every=10,
+            ),
             recipe=f"duet-{_SHORT.get(template, template)}-{name}",
-            name=f"{template}-{name}-seed-{seed}",
-            settings={"run.seed": seed},
         )
-        return [{"template": template, "set": name, "seed": seed, **row} for row in rows]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         cells = [("template", *SETS)]
@@ -124,20 +124,5 @@ class Duet(Study):
                     r for r in rows if r["kind"] == "eval" and r["template"] == template and r["set"] == name
                 ]
                 band(axis, chosen, "step", "score", marker="o", markersize=3, label=name)
-            axis.set(title=f"template {template}", xlabel="step", ylim=(0, 1))
+            axis.set(title=TITLES[template], xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
         axis.legend(frameon=False, fontsize="small", title="question set")
-
-
-def _mini_run(template: str, name: str, seed: int, setting: Setting) -> Run:
-    return Run(
-        model=where(MODEL, 0, setting),
-        problems=as_problems(training_set(name, size(setting, 400, 8), seed)),
-        held_out=as_problems(held_out(size(setting, 80, 4))),
-        template=template,
-        steps=size(setting, 40, 1),
-        questions=size(setting, 16, 4),
-        group=size(setting, 8, 2),
-        max_tokens=size(setting, 48, 8),
-        eval_every=10,
-        seed=seed,
-    )

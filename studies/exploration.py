@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.evaluation import pass_at_k
 from common.tasks.templates import get_template
 from common.verifier import Outcome
+from studies.curves import claim
 from studies.figures import band, grid
 from studies.judges import judge_of
-from studies.probing import best_template, max_tokens, probe_problems, verdict
-from studies.samplers import sampler_of
-from studies.study import Budget, Setting, Study, Table, Unit
-from studies.verdict import Expectation, Row, mean, per_seed
+from studies.probing import Analysis, best_template, max_tokens, probe_problems, verdict
+from studies.samplers import Sampler
+from studies.study import Budget, Setting, Table
+from studies.verdict import Expectation, Row, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,13 +31,10 @@ def _pass(rows: Sequence[Row], model: str, temperature: float | None = None) -> 
     return mean([r["pass_at_8"] for r in chosen if temperature is None or r["temperature"] == temperature])
 
 
-def _claim(value: Callable[[Sequence[Row]], float]):
-    return lambda rows: per_seed(rows, value)
-
-
-class Exploration(Study):
+class Exploration(Analysis):
     """See the module."""
 
+    bases = MODELS
     name = "exploration"
     shows = "Figure 3 middle"
     paper = (
@@ -50,31 +48,23 @@ class Exploration(Study):
     expectations = (
         Expectation(
             "lowest pass@8 of any model at any temperature",
-            _claim(lambda rows: min(row["pass_at_8"] for row in rows)),
+            claim(lambda rows: min(row["pass_at_8"] for row in rows)),
             0.05,
         ),
         Expectation(
             "pass@8 over all temperatures, qwen-math - llama",
-            _claim(lambda rows: _pass(rows, "qwen-math") - _pass(rows, "llama")),
+            claim(lambda rows: _pass(rows, "qwen-math") - _pass(rows, "llama")),
             0.0,
         ),
         Expectation(
             "pass@8 of qwen-math, temperature 1.0 - 0.1",
-            _claim(lambda rows: _pass(rows, "qwen-math", 1.0) - _pass(rows, "qwen-math", 0.1)),
+            claim(lambda rows: _pass(rows, "qwen-math", 1.0) - _pass(rows, "qwen-math", 0.1)),
             0.05,
         ),
     )
 
-    def models(self, setting: Setting) -> list[tuple[str, int]]:
-        return [(model, seed) for seed in setting.seeds for model in MODELS]
-
-    def units(self, setting: Setting) -> list[Unit]:
-        models = [(setting.endpoint_model, 0)] if setting.endpoint else self.models(setting)
-        return [Unit(f"{model}/seed-{seed}", {"model": model, "seed": seed}) for model, seed in models]
-
-    def run(self, unit: Unit, setting: Setting) -> list[Row]:
-        model, seed = unit.arguments["model"], unit.arguments["seed"]
-        sampler, tokens = sampler_of(model, seed, setting), max_tokens(setting)
+    def examine(self, sampler: Sampler, setting: Setting, seed: int) -> list[Row]:
+        tokens = max_tokens(setting)
         problems = probe_problems(setting, _QUESTIONS[setting.budget])
         chosen = best_template(sampler, problems[:_CHOOSING], judge_of(setting), tokens)
         template = get_template(chosen)
@@ -94,8 +84,6 @@ class Exploration(Study):
             ]
             rows.append(
                 {
-                    "model": model,
-                    "seed": seed,
                     "template": chosen,
                     "temperature": temperature,
                     "pass_at_8": mean([pass_at_k(SAMPLES, count, K) for count in right]),
@@ -115,11 +103,20 @@ class Exploration(Study):
 
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
         (axis,) = grid(figure, 1, 1, (6, 4))
-        for model in dict.fromkeys(row["model"] for row in rows):
+        for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
             chosen = [row for row in rows if row["model"] == model]
-            band(axis, chosen, "temperature", "pass_at_8", marker="o", label=f"{model}, pass@8")
-            band(axis, chosen, "temperature", "pass_at_1", linestyle=":", label=f"{model}, pass@1")
-        axis.set(xlabel="temperature", ylim=(0, 1.02))
+            colour = f"C{number}"
+            band(axis, chosen, "temperature", "pass_at_8", marker="o", color=colour, label=f"{model}, pass@8")
+            band(
+                axis,
+                chosen,
+                "temperature",
+                "pass_at_1",
+                linestyle=":",
+                color=colour,
+                label=f"{model}, pass@1",
+            )
+        axis.set(xlabel="temperature", ylabel="share of questions", ylim=(0, 1.02))
         axis.legend(frameon=False, fontsize="small")
 
 

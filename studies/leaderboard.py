@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from common.tasks.sets import BENCHMARKS
-from studies.curves import claim, run_curve, score, size, spread
-from studies.figures import COLOURS, NAMES, grid
-from studies.probing import as_problems
-from studies.questions import held_out, training_set
+from studies.curves import claim, run_curve, score, small_run, spread, units_of
+from studies.figures import COLOURS, NAMES, grid, whiskers
 from studies.study import Setting, Study, Table, Unit
-from studies.training import CATEGORIES, Run
+from studies.training import CATEGORIES
 from studies.verdict import Expectation, Row, mean, per_seed
-from studies.zoo import where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +73,7 @@ class Leaderboard(Study):
         "unformatted ones become more frequent, and wrong answers are longer than right ones."
     )
     miniature = (
-        "Two sizes of the qwen-math model (about 60 and 230 thousand parameters), Dr. GRPO and GRPO for 60 steps; "
+        "Two sizes of the qwen-math model (about 60 and 230 thousand parameters), Dr. GRPO and GRPO for 40 steps; "
         "greedy answers to held-out questions of two levels, by category, before and after."
     )
     expectations = (
@@ -112,23 +109,22 @@ class Leaderboard(Study):
         return [(name, 0) for name in SIZES.values()]
 
     def units(self, setting: Setting) -> list[Unit]:
-        return [
-            Unit(f"{name}/{algorithm}/seed-{seed}", {"size": name, "algorithm": algorithm, "seed": seed})
-            for seed in setting.seeds
-            for name in (RECIPES if setting.full else SIZES)
-            for algorithm in ALGORITHMS
-        ]
+        sizes = RECIPES if setting.full else SIZES
+        return units_of(
+            setting, ({"size": name, "algorithm": algorithm} for name in sizes for algorithm in ALGORITHMS)
+        )
 
     def run(self, unit: Unit, setting: Setting) -> list[Row]:
         name, algorithm, seed = (unit.arguments[key] for key in ("size", "algorithm", "seed"))
-        rows = run_curve(
-            lambda: _mini_run(name, algorithm, seed, setting),
+        return run_curve(
+            unit,
             setting,
+            lambda: small_run(
+                setting, SIZES[name], seed=seed, tested=200, algorithm=algorithm, steps=40, eval_every=20
+            ),
             recipe=RECIPES.get(name, ""),
-            name=f"{name}-{algorithm}-seed-{seed}",
-            settings={"run.seed": seed, "algorithm.preset": algorithm},
+            settings={"algorithm.preset": algorithm},
         )
-        return [{"size": name, "algorithm": algorithm, "seed": seed, **row} for row in rows]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         tables = [_score_table(rows)]
@@ -148,8 +144,10 @@ class Leaderboard(Study):
                 axis.bar(list(bottoms), heights, bottom=list(bottoms.values()), label=category)
                 bottoms = {level: bottoms[level] + h for level, h in zip(bottoms, heights, strict=True)}
             title = "before" if step == "first" else "after"
-            axis.set(title=f"answers by level, {title}", xlabel="level", ylim=(0, 1))
-        others[-1].legend(frameon=False, fontsize="small")
+            axis.set(
+                title=f"answers by level, {title}", xlabel="level", ylabel="share of answers", ylim=(0, 1)
+            )
+        others[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _score_table(rows: Sequence[Row]) -> Table:
@@ -208,28 +206,13 @@ def _draw_scores(axis, rows: Sequence[Row]) -> None:
     bars = [("base", "0.6", "first", "dr_grpo")]
     bars += [(NAMES[name], COLOURS[name], "last", name) for name in ALGORITHMS]
     for index, (label, colour, step, algorithm) in enumerate(bars):
-        values = [
-            mean(per_seed(rows, lambda s, n=name, w=step, a=algorithm: score(s, w, size=n, algorithm=a)))
+        groups = [
+            per_seed(rows, lambda s, n=name, w=step, a=algorithm: score(s, w, size=n, algorithm=a))
             for name in names
         ]
+        means, ranges = whiskers(groups)
         places = [place + 0.27 * index for place in range(len(names))]
-        axis.bar(places, values, width=0.25, color=colour, label=label)
-    axis.set(title="accuracy", xticks=[place + 0.27 for place in range(len(names))], ylim=(0, 1))
-    axis.set_xticklabels(names)
+        axis.bar(places, means, width=0.25, yerr=ranges, capsize=2, color=colour, label=label)
+    axis.set(title="greedy accuracy", ylabel="held-out accuracy", ylim=(0, 1))
+    axis.set_xticks([place + 0.27 for place in range(len(names))], names)
     axis.legend(frameon=False, fontsize="small")
-
-
-def _mini_run(name: str, algorithm: str, seed: int, setting: Setting) -> Run:
-    return Run(
-        model=where(SIZES[name], 0, setting),
-        problems=as_problems(training_set("orz", size(setting, 800, 8), seed)),
-        held_out=as_problems(held_out(size(setting, 200, 8))),
-        algorithm=algorithm,
-        template="no",
-        steps=size(setting, 60, 1),
-        questions=size(setting, 16, 4),
-        group=size(setting, 8, 2),
-        max_tokens=size(setting, 48, 8),
-        eval_every=30,
-        seed=seed,
-    )

@@ -139,7 +139,8 @@ class LengthBias(Study):
             for name in ALGORITHMS:
                 chosen = [row for row in curves if row["algorithm"] == name]
                 band(axis, chosen, "step", key, smooth=15, color=COLOURS[name], label=NAMES[name])
-            axis.set(title=f"tabular policy: {title}", xlabel="iteration")
+            unit = "reward" if key == "reward" else "tokens"
+            axis.set(title=f"tabular policy: {title}", xlabel="iteration", ylabel=unit)
         axes[2].legend(frameon=False, fontsize="small")
 
 

@@ -29,8 +29,10 @@ Rows, report and figure are in `studies/out/NAME/`; an interrupted study goes on
 more often. Every study states its expectations with a number before it runs. A claim is *confirmed* if the 95 %
 bootstrap interval over its repetitions lies wholly on the expected side of the number, *not confirmed* if wholly on
 the other, *unclear* otherwise, and always with fewer than three repetitions. A study is confirmed if all its claims
-are, and not confirmed if one is refuted. What a miniature shows, it shows of the miniature. Base models are made
+are, and not confirmed if one is refuted. *After the run* says what was tried and the probable reason where a
+miniature did not confirm. What a miniature shows, it shows of the miniature. Base models are made
 first, about a minute of one core each, and kept in `studies/out/zoo` for all studies; the minutes below are without.
+In the figures lines are means over seeds, bands one standard deviation, whiskers the range over seeds.
 
 With `--full`, `templates`, `exploration` and `reflection` also analyse a model behind an OpenAI-compatible server:
 `--endpoint URL --endpoint-model NAME`; `slipstream serve` writes what starts one on several nodes. The judge is a set
@@ -100,4 +102,6 @@ def _section(study: Study, docs: Path) -> str:
             )
             parts.append(findings_table(verdict["findings"]))
             parts.append(f"![{name}]({FOLDER}/{name}.png)\n")
+    if study.remark and _verdict(study.name, docs):
+        parts.append(f"**After the run.** {study.remark}\n")
     return "\n".join(parts)

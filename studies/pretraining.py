@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from studies.curves import at_end, claim, run_curve, score, size, spread
+from studies.curves import at_end, claim, run_curve, score, small_run, spread, units_of
 from studies.figures import COLOURS, NAMES, band, grid
-from studies.probing import as_problems
-from studies.questions import held_out, training_set
 from studies.study import Setting, Study, Table, Unit
-from studies.training import Run
 from studies.verdict import Expectation, Row, per_seed
-from studies.zoo import HUB, where
+from studies.zoo import HUB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,22 +78,27 @@ class Pretraining(Study):
         return [(base, 0) for base in BASES]
 
     def units(self, setting: Setting) -> list[Unit]:
-        return [
-            Unit(f"{base}/{algorithm}/seed-{seed}", {"base": base, "algorithm": algorithm, "seed": seed})
-            for seed in setting.seeds
-            for base, algorithm in RUNS
-        ]
+        return units_of(setting, ({"base": base, "algorithm": algorithm} for base, algorithm in RUNS))
 
     def run(self, unit: Unit, setting: Setting) -> list[Row]:
         base, algorithm, seed = (unit.arguments[key] for key in ("base", "algorithm", "seed"))
-        rows = run_curve(
-            lambda: _mini_run(base, algorithm, seed, setting),
+        return run_curve(
+            unit,
             setting,
+            lambda: small_run(
+                setting,
+                base,
+                seed=seed,
+                problems=600,
+                algorithm=algorithm,
+                template="r1",
+                steps=40,
+                max_tokens=64,
+                eval_every=10,
+            ),
             recipe="paper-3b-numinaqa",
-            name=f"{base}-{algorithm}-seed-{seed}",
-            settings={"run.seed": seed, "model.path": HUB[base], "algorithm.preset": algorithm},
+            settings={"model.path": HUB[base], "algorithm.preset": algorithm},
         )
-        return [{"base": base, "algorithm": algorithm, "seed": seed, **row} for row in rows]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         cells = [("base and objective", "accuracy, start", "accuracy, end", "length, end")]
@@ -120,24 +122,8 @@ class Pretraining(Study):
             mine = [r for r in rows if r["base"] == "numina" and r["algorithm"] == algorithm]
             band(middle, [r for r in mine if r["kind"] == "eval"], "step", "score", marker="o", **style)
             band(right, [r for r in mine if r["kind"] == "train"], "step", "length", smooth=5, **style)
-        left.set(title="accuracy, Dr. GRPO, by base", xlabel="step")
-        middle.set(title="numina: accuracy", xlabel="step")
-        right.set(title="numina: response length", xlabel="step")
+        left.set(title="Dr. GRPO, by base", xlabel="step", ylabel="held-out accuracy")
+        middle.set(title="numina: accuracy", xlabel="step", ylabel="held-out accuracy")
+        right.set(title="numina: response length", xlabel="step", ylabel="tokens")
         for axis in (left, middle):
             axis.legend(frameon=False, fontsize="small")
-
-
-def _mini_run(base: str, algorithm: str, seed: int, setting: Setting) -> Run:
-    return Run(
-        model=where(base, 0, setting),
-        problems=as_problems(training_set("orz", size(setting, 600, 8), seed)),
-        held_out=as_problems(held_out(size(setting, 80, 4))),
-        algorithm=algorithm,
-        template="r1",
-        steps=size(setting, 40, 1),
-        questions=size(setting, 16, 4),
-        group=size(setting, 8, 2),
-        max_tokens=size(setting, 64, 8),
-        eval_every=10,
-        seed=seed,
-    )

@@ -6,21 +6,50 @@ models (paper, section 2.1).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import ClassVar
 
 from common.tasks.sets import BENCHMARKS, load_questions
 from common.tasks.templates import Template, get_template
 from common.verifier import Outcome, grade
 from studies.judges import Judge
 from studies.questions import held_out
-from studies.samplers import Response, Sampler
-from studies.study import Setting
+from studies.samplers import Response, Sampler, sampler_of
+from studies.study import Setting, Study, Unit
 from studies.training import Problem
+from studies.verdict import Row
 
 CANDIDATES = ("no", "r1", "qwen_math")
 MINIATURE_TOKENS = 48
 FULL_TOKENS = 3000
+
+
+class Analysis(Study):
+    """A study that samples base models: one unit for each model and pretraining seed, or for the served model.
+
+    Attributes:
+        bases: names in the zoo.
+    """
+
+    bases: ClassVar[tuple[str, ...]]
+
+    def models(self, setting: Setting) -> list[tuple[str, int]]:
+        return [(base, seed) for seed in setting.seeds for base in self.bases]
+
+    def units(self, setting: Setting) -> list[Unit]:
+        models = [(setting.endpoint_model, 0)] if setting.endpoint else self.models(setting)
+        return [Unit(f"{model}/seed-{seed}", {"model": model, "seed": seed}) for model, seed in models]
+
+    def run(self, unit: Unit, setting: Setting) -> list[Row]:
+        sampler = sampler_of(unit.arguments["model"], unit.arguments["seed"], setting)
+        rows = self.examine(sampler, setting, unit.arguments["seed"])
+        return [{**unit.arguments, **row} for row in rows]
+
+    @abstractmethod
+    def examine(self, sampler: Sampler, setting: Setting, seed: int) -> list[Row]:
+        """Rows of one model, without its name and seed."""
 
 
 def max_tokens(setting: Setting) -> int:

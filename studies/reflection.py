@@ -7,20 +7,20 @@ responses does.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.tasks.templates import get_template
 from common.verifier import Outcome
-from studies.curves import size
+from studies.curves import claim, size
 from studies.figures import band, grid
 from studies.judges import KEYWORDS, Judge, Reflection, judge_of, keywords_in
-from studies.probing import best_template, max_tokens, probe_problems, verdict
-from studies.samplers import Response, sampler_of
+from studies.probing import Analysis, best_template, max_tokens, probe_problems, verdict
+from studies.samplers import Response, Sampler
 from studies.second_thoughts import SUPERFICIAL, Behaviour, behaviour
-from studies.study import Budget, Setting, Study, Table, Unit
+from studies.study import Budget, Setting, Table
 from studies.training import Problem
-from studies.verdict import Expectation, Row, mean, per_seed
+from studies.verdict import Expectation, Row, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,13 +70,10 @@ def accuracy_differences(rows: Sequence[Row]) -> list[float]:
     return [mean(g[True]) - mean(g[False]) for g in groups.values() if g[True] and g[False]]
 
 
-def _claim(value: Callable[[Sequence[Row]], float]):
-    return lambda rows: per_seed(rows, value)
-
-
-class SelfReflection(Study):
+class SelfReflection(Analysis):
     """See the module."""
 
+    bases = MODELS
     name = "reflection"
     shows = "Figures 3 right, 10 - 13, 15"
     paper = (
@@ -92,23 +89,23 @@ class SelfReflection(Study):
     expectations = (
         Expectation(
             "qwen-math, before any RL: share of questions with a cross-checked reflection",
-            _claim(lambda rows: reflecting_questions(rows, "qwen-math")),
+            claim(lambda rows: reflecting_questions(rows, "qwen-math")),
             0.05,
         ),
         Expectation(
             "llama, before any RL: share of questions with a cross-checked reflection",
-            _claim(lambda rows: reflecting_questions(rows, "llama")),
+            claim(lambda rows: reflecting_questions(rows, "llama")),
             0.05,
         ),
         Expectation(
             "control without second thoughts in its text: the same share",
-            _claim(lambda rows: reflecting_questions(rows, "chat")),
+            claim(lambda rows: reflecting_questions(rows, "chat")),
             0.005,
             "at most",
         ),
         Expectation(
             "share of questions that reflect, temperature 1.0 - 0.1 (qwen-math and llama)",
-            _claim(
+            claim(
                 lambda rows: mean(
                     [
                         reflecting_questions([r for r in rows if r["temperature"] == 1.0], model)
@@ -121,7 +118,7 @@ class SelfReflection(Study):
         ),
         Expectation(
             "keywords found that are those of the model's own text",
-            _claim(lambda rows: mean([planted_share(rows, model) for model in PLANTED])),
+            claim(lambda rows: mean([planted_share(rows, model) for model in PLANTED])),
             0.9,
         ),
         Expectation(
@@ -133,16 +130,8 @@ class SelfReflection(Study):
         ),
     )
 
-    def models(self, setting: Setting) -> list[tuple[str, int]]:
-        return [(model, seed) for seed in setting.seeds for model in MODELS]
-
-    def units(self, setting: Setting) -> list[Unit]:
-        models = [(setting.endpoint_model, 0)] if setting.endpoint else self.models(setting)
-        return [Unit(f"{model}/seed-{seed}", {"model": model, "seed": seed}) for model, seed in models]
-
-    def run(self, unit: Unit, setting: Setting) -> list[Row]:
-        model, seed = unit.arguments["model"], unit.arguments["seed"]
-        sampler, judge = sampler_of(model, seed, setting), judge_of(setting)
+    def examine(self, sampler: Sampler, setting: Setting, seed: int) -> list[Row]:
+        judge = judge_of(setting)
         tokens = max_tokens(setting) if setting.full else size(setting, _TOKENS, 12)
         problems = probe_problems(setting, _QUESTIONS[setting.budget])
         template = get_template(best_template(sampler, problems[:_CHOOSING], judge, tokens))
@@ -161,8 +150,6 @@ class SelfReflection(Study):
                     outcome = verdict(response, problem, template)
                     rows.append(
                         {
-                            "model": model,
-                            "seed": seed,
                             "temperature": temperature,
                             "question": number,
                             **examine(response, problem, outcome, judge),
@@ -276,7 +263,7 @@ def _draw_against_temperature(axis, rows: Sequence[Row]) -> None:
                 share = reflecting_questions(some, model)
                 curve.append({"seed": seed, "temperature": temperature, "share": share})
         band(axis, curve, "temperature", "share", marker="o", label=model)
-    axis.set(title="questions with a reflection (cross-checked)", xlabel="temperature")
+    axis.set(title="reflection (cross-checked)", xlabel="temperature", ylabel="share of questions")
     axis.legend(frameon=False, fontsize="small")
 
 
@@ -286,7 +273,8 @@ def _draw_keywords(axis, rows: Sequence[Row]) -> None:
         counts = _keyword_counts(rows, model)
         places = [place + 0.27 * index for place in range(len(KEYWORDS))]
         axis.barh(places, [counts[keyword] for keyword in KEYWORDS], height=0.25, label=model)
-    axis.set(title="responses with each keyword", xscale="symlog", yticks=range(len(KEYWORDS)))
+    axis.set(title="keywords, all temperatures and seeds", xscale="symlog", xlabel="responses (log scale)")
+    axis.set_yticks([place + 0.27 * (len(models) - 1) / 2 for place in range(len(KEYWORDS))])
     axis.set_yticklabels(KEYWORDS, fontsize="x-small")
     axis.invert_yaxis()
 
@@ -298,4 +286,5 @@ def _draw_differences(axis, differences: Sequence[float]) -> None:
         axis.axhline(mean(ordered), color="tab:red", label="mean")
         axis.axhline(ordered[len(ordered) // 2], color="tab:green", linestyle="--", label="median")
         axis.legend(frameon=False, fontsize="small")
-    axis.set(title="accuracy with - without reflection", xlabel="questions, sorted")
+    axis.set(title="accuracy with - without reflection", xlabel="questions (each model and seed), sorted")
+    axis.set_ylabel("difference in accuracy")

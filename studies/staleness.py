@@ -10,15 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from studies.curves import RUNS, at_end, claim, run_curve, score, size, spread
-from studies.figures import grid
+from studies.curves import RUNS, at_end, claim, run_curve, score, small_run, spread, units_of
+from studies.figures import grid, whiskers
 from studies.pipeline import run_recipe
-from studies.probing import as_problems
-from studies.questions import held_out, training_set
 from studies.study import Budget, Setting, Study, Table, Unit
-from studies.training import Run
 from studies.verdict import Expectation, Row, mean, per_seed
-from studies.zoo import where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +33,7 @@ CORRECTIONS = (
 )
 CLOCKS = {"synchronous": 0, "asynchronous": 2}  # name -> max_staleness
 _CLOCK_RECIPE = "demo"
-_CLOCK_STEPS = 30
+_CLOCK_STEPS = 20
 
 
 def _combinations(setting: Setting) -> list[tuple[str, int]]:
@@ -64,8 +60,8 @@ class Staleness(Study):
     shows = "nothing in the paper, which trains synchronously: this is what Slipstream adds"
     paper = "The paper's runs are synchronous; whether asynchronous ones learn as well is ours to show."
     miniature = (
-        "The qwen-math model, Dr. GRPO, 40 steps, every batch trained exactly 0, 1, 2, 4, 8 or 16 versions after "
-        "it was sampled; six corrections at 16. Wall-clock: the demo's pipeline for 30 steps, max_staleness 0 and 2."
+        "The qwen-math model, Dr. GRPO, 32 steps, every batch trained exactly 0, 1, 2, 4, 8 or 16 versions after "
+        "it was sampled; six corrections at 16. Wall-clock: the demo's pipeline for 20 steps, max_staleness 0 and 2."
     )
     expectations = (
         Expectation(
@@ -107,11 +103,9 @@ class Staleness(Study):
         return [(MODEL, 0)]
 
     def units(self, setting: Setting) -> list[Unit]:
-        runs = [
-            Unit(f"{name}/{age}/seed-{seed}", {"correction": name, "staleness": age, "seed": seed})
-            for seed in setting.seeds
-            for name, age in _combinations(setting)
-        ]
+        runs = units_of(
+            setting, ({"correction": name, "staleness": age} for name, age in _combinations(setting))
+        )
         if setting.budget is Budget.SECONDS:  # the pipeline has its own tests
             return runs
         clocks = [
@@ -125,14 +119,15 @@ class Staleness(Study):
         if "clock" in unit.arguments:
             return _clock_rows(unit.arguments["clock"], unit.arguments["seed"], setting)
         name, age, seed = (unit.arguments[key] for key in ("correction", "staleness", "seed"))
-        rows = run_curve(
-            lambda: _mini_run(name, age, seed, setting),
+        return run_curve(
+            unit,
             setting,
+            lambda: small_run(
+                setting, MODEL, seed=seed, algorithm=name, steps=32, staleness=age, eval_every=32
+            ),
             recipe="paper-1.5b-qwen",
-            name=f"{name}-staleness-{age}-seed-{seed}",
-            settings={"run.seed": seed, "algorithm.preset": name, "batch.max_staleness": age},
+            settings={"algorithm.preset": name, "batch.max_staleness": age},
         )
-        return [{"correction": name, "staleness": age, "seed": seed, **row} for row in rows]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         cells = [
@@ -149,25 +144,55 @@ class Staleness(Study):
         return [Table("At the end of training: mean (range) over seeds", cells), _clock_table(rows)]
 
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
-        titles = {
-            "reward": "reward at the end",
-            "ratio_ess": "effective sample size",
-            "clip_low_mean": "clipped low",
-        }
-        for axis, (key, title) in zip(grid(figure, 1, 3), titles.items(), strict=True):
-            for name in dict.fromkeys(row["correction"] for row in rows if "correction" in row):
-                ages = sorted({row["staleness"] for row in rows if row.get("correction") == name})
-                means = [_mean_end(rows, key, age, name) for age in ages]
-                style = {"color": "black"} if name == NONE else {}
-                axis.plot(ages, means, marker="o", label=name, **style)
-            axis.set(title=title, xlabel="staleness (versions)", xscale="symlog", xticks=STALENESS)
-            axis.set_xticklabels(STALENESS)
-        axis.legend(frameon=False, fontsize="x-small")
+        axes = grid(figure, 2, 3)
+        for (key, title), above, below in zip(_DRAWN.items(), axes[:3], axes[3:], strict=True):
+            _draw_against_age(above, rows, key)
+            _draw_corrections(below, rows, key)
+            above.set(title=title, xlabel="staleness (versions)", ylim=(0, None))
+        axes[0].legend(frameon=False, fontsize="x-small")
 
 
-def _mean_end(rows: Sequence[Row], key: str, staleness: int, correction: str) -> float:
-    known = [v for v in per_seed(rows, lambda s: _end(s, key, staleness, correction)) if v == v]
-    return mean(known) if known else float("nan")
+_DRAWN = {
+    "reward": "reward at the end",
+    "ratio_ess": "effective sample size (share)",
+    "clip_low_mean": "tokens clipped low (share)",
+}
+
+
+def _ends(rows: Sequence[Row], key: str, staleness: int, correction: str) -> list[float]:
+    """One value per seed, without those that measured nothing."""
+    found = per_seed(rows, lambda seed: _end(seed, key, staleness, correction))
+    return [value for value in found if value == value]
+
+
+def _ages(rows: Sequence[Row], correction: str) -> list[int]:
+    return sorted({row["staleness"] for row in rows if row.get("correction") == correction})
+
+
+def _draw_against_age(axis, rows: Sequence[Row], key: str) -> None:
+    """A line for each correction that was run at several ages."""
+    for name in CORRECTIONS:
+        groups = {age: _ends(rows, key, age, name) for age in _ages(rows, name)}
+        groups = {age: values for age, values in groups.items() if values}
+        if len(groups) > 1:
+            means, ranges = whiskers(list(groups.values()))
+            label, style = ("no correction", {"color": "black"}) if name == NONE else (name, {})
+            axis.errorbar(list(groups), means, yerr=ranges, marker="o", capsize=2, label=label, **style)
+    axis.set_xscale("symlog")
+    axis.set_xticks(STALENESS, STALENESS)
+
+
+def _draw_corrections(axis, rows: Sequence[Row], key: str) -> None:
+    """Every correction where data are oldest."""
+    oldest = max((row["staleness"] for row in rows if "staleness" in row), default=0)
+    groups = {name: _ends(rows, key, oldest, name) for name in CORRECTIONS}
+    groups = {name: values for name, values in groups.items() if values}
+    labels = ["no correction" if name == NONE else name.removeprefix(f"{NONE}_") for name in groups]
+    if groups:
+        means, ranges = whiskers(list(groups.values()))
+        axis.barh(labels, means, xerr=ranges, color=["0.2", *["tab:blue"] * (len(groups) - 1)], capsize=2)
+    axis.invert_yaxis()
+    axis.set_title(f"the same at staleness {oldest}, by correction", fontsize="medium")
 
 
 def _clock_rows(clock: str, seed: int, setting: Setting) -> list[Row]:
@@ -189,20 +214,3 @@ def _clock_table(rows: Sequence[Row]) -> Table:
 
 
 _CLOCK_KEYS = ("seconds", "learner_idle_share", "staleness_mean")
-
-
-def _mini_run(correction: str, staleness: int, seed: int, setting: Setting) -> Run:
-    return Run(
-        model=where(MODEL, 0, setting),
-        problems=as_problems(training_set("orz", size(setting, 800, 8), seed)),
-        held_out=as_problems(held_out(size(setting, 80, 4))),
-        algorithm=correction,
-        template="no",
-        steps=size(setting, 40, 4),
-        questions=size(setting, 16, 4),
-        group=size(setting, 8, 2),
-        max_tokens=size(setting, 48, 8),
-        staleness=staleness,
-        eval_every=20,
-        seed=seed,
-    )

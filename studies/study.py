@@ -98,6 +98,8 @@ class Study(ABC):
         paper: what the paper says, in our words.
         miniature: what stands in for the paper's models and data.
         expectations: what we expect of the rows, with numbers.
+        remark: what was tried and the probable reason where the miniature's verdict is not `confirmed`; written
+            after the run, whose expectations it leaves alone.
         default_seeds: repetitions unless `--seeds` says otherwise.
     """
 
@@ -106,6 +108,7 @@ class Study(ABC):
     paper: ClassVar[str]
     miniature: ClassVar[str]
     expectations: ClassVar[tuple[Expectation, ...]]
+    remark: ClassVar[str] = ""
     default_seeds: ClassVar[int] = 3
 
     def models(self, setting: Setting) -> Iterable[tuple[str, int]]:

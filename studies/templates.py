@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING
 
 from common.tasks.templates import Template, get_template
 from common.verifier import Outcome
-from studies.figures import grid
+from studies.figures import grid, whiskers
 from studies.judges import judge_of
-from studies.probing import answering_rate, benchmark_problems, greedy, max_tokens, probe_problems, verdict
-from studies.samplers import Response, sampler_of
-from studies.study import Budget, Setting, Study, Table, Unit
+from studies.probing import (
+    Analysis,
+    answering_rate,
+    benchmark_problems,
+    greedy,
+    max_tokens,
+    probe_problems,
+    verdict,
+)
+from studies.samplers import Response, Sampler
+from studies.study import Budget, Setting, Table
 from studies.training import Problem
 from studies.verdict import Expectation, Row, mean, per_seed
 
@@ -20,11 +28,16 @@ if TYPE_CHECKING:
 
 MODELS = ("qwen-math", "llama", "chat")
 TEMPLATES = ("no", "qwen_math", "few_shot", "r1")
+TITLES = {"no": "no template", "qwen_math": "Qwen-Math", "few_shot": "4-shot", "r1": "R1"}
 _QUESTIONS = {Budget.SECONDS: 4, Budget.MINIATURE: 100, Budget.FULL: 500}
 
 
+def _values(rows: Sequence[Row], model: str, template: str, key: str) -> list[float]:
+    return [row[key] for row in rows if row["model"] == model and row["template"] == template]
+
+
 def _value(rows: Sequence[Row], model: str, template: str, key: str) -> float:
-    return mean([row[key] for row in rows if row["model"] == model and row["template"] == template])
+    return mean(_values(rows, model, template, key))
 
 
 def _claim(value: Callable[[Callable[[str, str, str], float]], float]):
@@ -36,9 +49,10 @@ def _accuracies(value: Callable[[str, str, str], float], names: Iterable[str]) -
     return [value("qwen-math", name, "accuracy") for name in names]
 
 
-class Templates(Study):
+class Templates(Analysis):
     """See the module."""
 
+    bases = MODELS
     name = "templates"
     shows = "Figure 3 left, Table 1"
     paper = (
@@ -102,16 +116,7 @@ class Templates(Study):
         ),
     )
 
-    def models(self, setting: Setting) -> list[tuple[str, int]]:
-        return [(model, seed) for seed in setting.seeds for model in MODELS]
-
-    def units(self, setting: Setting) -> list[Unit]:
-        models = [(setting.endpoint_model, 0)] if setting.endpoint else self.models(setting)
-        return [Unit(f"{model}/seed-{seed}", {"model": model, "seed": seed}) for model, seed in models]
-
-    def run(self, unit: Unit, setting: Setting) -> list[Row]:
-        model, seed = unit.arguments["model"], unit.arguments["seed"]
-        sampler = sampler_of(model, seed, setting)
+    def examine(self, sampler: Sampler, setting: Setting, seed: int) -> list[Row]:
         judge, tokens, count = judge_of(setting), max_tokens(setting), _QUESTIONS[setting.budget]
         probed = probe_problems(setting, count)
         benchmarks = benchmark_problems() if setting.full else {}
@@ -125,8 +130,6 @@ class Templates(Study):
             } or {"probe": _accuracy(probed, answers, template)}
             rows.append(
                 {
-                    "model": model,
-                    "seed": seed,
                     "template": name,
                     "accuracy": mean(list(sets.values())),  # unweighted over benchmarks, as in the paper
                     "sets": sets,
@@ -156,10 +159,11 @@ class Templates(Study):
         ):
             for index, name in enumerate(TEMPLATES):
                 places = [place + 0.2 * index for place in range(len(models))]
-                axis.bar(places, [_value(rows, model, name, key) for model in models], width=0.18, label=name)
-            axis.set(title=title, xticks=[place + 0.3 for place in range(len(models))], ylim=(0, 1.05))
-            axis.set_xticklabels(models)
-        axis.legend(frameon=False, fontsize="small", title="template")
+                means, ranges = whiskers([_values(rows, model, name, key) for model in models])
+                axis.bar(places, means, width=0.18, yerr=ranges, capsize=2, label=TITLES[name])
+            axis.set(title=title, ylabel="share of questions", ylim=(0, 1.05))
+            axis.set_xticks([place + 0.3 for place in range(len(models))], models)
+        axis.legend(frameon=False, fontsize="small", title="prompt", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _accuracy(problems: Sequence[Problem], responses: Sequence[Response], template: Template) -> float:

@@ -15,6 +15,7 @@ from studies.study import Budget, Setting
 # name -> the paper's model that it stands for.
 HUB = {
     "qwen-math": "Qwen/Qwen2.5-Math-1.5B",
+    "qwen-math-r1": "Qwen/Qwen2.5-Math-1.5B",
     "llama": "meta-llama/Llama-3.2-3B",
     "chat": "Qwen/Qwen2.5-Math-1.5B-Instruct",
     "finemath": "HuggingFaceTB/FineMath-Llama-3B",

@@ -19,6 +19,23 @@ def test_page_is_up_to_date() -> None:
     assert (DOCS / page.PAGE).read_text(encoding="utf-8") == page.text(DOCS)
 
 
+def test_figures_stay_small() -> None:
+    figures = list((DOCS / page.FOLDER).glob("*.png"))
+    assert figures
+    assert all(figure.stat().st_size < 150_000 for figure in figures)
+
+
+def test_what_was_tried_follows_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remark belongs to a run: without one there is nothing to remark on."""
+    monkeypatch.setattr(LengthBias, "remark", "Tried twice.")
+    assert "Tried twice." not in page.text(tmp_path)
+    verdict = {"budget": "miniature", "seeds": [0], "minutes": 0.1, "outcome": "unclear", "findings": []}
+    (tmp_path / page.FOLDER).mkdir()
+    (tmp_path / page.FOLDER / "length-bias.json").write_text(json.dumps(verdict))
+    written = page.text(tmp_path)
+    assert written.index("**Unclear** (miniature") < written.index("**After the run.** Tried twice.")
+
+
 def test_a_study_without_a_verdict_is_not_run(tmp_path: Path) -> None:
     written = page.text(tmp_path)
     assert written.count("**Not run.**") == len(STUDIES)

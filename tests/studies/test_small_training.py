@@ -15,11 +15,12 @@ from common.tracking.spool import Spool, read_spool
 from learner.objectives import preset
 from learner.pretraining.tokenizer import build_tokenizer
 from studies.countdown import _problems, _response, documents, reward_of_text
-from studies.curves import at_end, at_start, score
+from studies.curves import at_end, at_start, score, small_run, units_of
 from studies.pipeline import rows_of
 from studies.questions import PARTS, held_out, training_set
 from studies.samplers import cut
 from studies.staleness import CORRECTIONS
+from studies.study import Budget, Setting
 from studies.training import Problem, Run, _Loop, train
 
 PROBLEM = Problem("1+1=?", {"answer": "2", "level": 1})
@@ -150,6 +151,27 @@ def test_points_of_a_pipeline_run_become_rows(tmp_path: Path) -> None:
     assert [(row["step"], row["reward"]) for row in train_rows] == [(0, 0.1), (1, 0.2)]
     assert train_rows[1]["length"] is None
     assert score(rows) == pytest.approx(0.4)  # the unweighted mean over sets
+
+
+def test_units_are_named_by_what_tells_runs_apart(tmp_path: Path) -> None:
+    units = units_of(
+        Setting(Budget.MINIATURE, (0, 3), tmp_path, tmp_path), [{"a": "x", "b": 2}, {"a": "y", "b": 2}]
+    )
+    assert [unit.key for unit in units] == ["x/2/seed-0", "y/2/seed-0", "x/2/seed-3", "y/2/seed-3"]
+    assert units[-1].arguments == {"a": "y", "b": 2, "seed": 3}
+
+
+def test_the_tests_budget_overrides_every_size(tmp_path: Path) -> None:
+    sizes = {"seed": 1, "problems": 50, "tested": 20, "steps": 9, "questions": 9, "max_tokens": 99, "lr": 0.5}
+    large, small = (
+        small_run(Setting(budget, (1,), tmp_path, tmp_path), "llama", **sizes)
+        for budget in (Budget.MINIATURE, Budget.SECONDS)
+    )
+    assert (len(large.problems), len(large.held_out), large.steps, large.questions) == (50, 20, 9, 9)
+    assert (len(small.problems), len(small.held_out), small.steps, small.questions) == (16, 4, 4, 4)
+    assert large.max_tokens == 99 > small.max_tokens
+    assert large.lr == small.lr == 0.5
+    assert large.model.endswith("llama-seed-0")  # seeds are of training; the base is one
 
 
 def test_ends_of_a_curve() -> None:
