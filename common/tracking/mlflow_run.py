@@ -42,16 +42,35 @@ class MlflowRun:
 
     @classmethod
     def find_or_create(
-        cls, client: MlflowClient, experiment: str, name: str, token: str, artifacts: str | None
+        cls,
+        client: MlflowClient,
+        experiment: str,
+        name: str,
+        token: str,
+        *,
+        started: float | None = None,
+        artifacts: str | None = None,
     ) -> MlflowRun:
-        """The run with this token, made if absent; `artifacts` is where a new experiment keeps its files."""
+        """The run with this token, made if absent.
+
+        Args:
+            client: of the store.
+            experiment: made if absent.
+            name: of the run.
+            token: names the run for good.
+            started: time since the epoch, in seconds; now by default.
+            artifacts: where a new experiment keeps its files; the server's choice by default.
+        """
         found = client.get_experiment_by_name(experiment)
         if found is None:
             number = client.create_experiment(experiment, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
         else:
             number = found.experiment_id
         runs = client.search_runs([number], f"tags.`{TOKEN_TAG}` = '{token}'", max_results=1)
-        run = runs[0] if runs else client.create_run(number, run_name=name, tags={TOKEN_TAG: token})
+        if runs:
+            return cls(client, runs[0].info.run_id)
+        start = None if started is None else int(started * 1000)
+        run = client.create_run(number, start_time=start, run_name=name, tags={TOKEN_TAG: token})
         return cls(client, run.info.run_id)
 
     def url(self, uri: str) -> str | None:
@@ -105,6 +124,6 @@ class MlflowRun:
         if entry not in entries:
             self.set_tags({"mlflow.loggedArtifacts": json.dumps([*entries, entry])})
 
-    def close(self, status: str) -> None:
-        """The run is over: FINISHED, KILLED or FAILED."""
-        self._client.set_terminated(self.run_id, status)
+    def close(self, status: str, ended: float) -> None:
+        """The run is over since `ended` (seconds since the epoch): FINISHED, KILLED or FAILED."""
+        self._client.set_terminated(self.run_id, status, end_time=int(ended * 1000))

@@ -109,7 +109,7 @@ class Shipper:
         run = self._run or self._open()
         for path in files:
             run.put_file(path)
-        run.close(STATUS.get(str(end.values.get("status")), "FINISHED"))
+        run.close(STATUS.get(str(end.values.get("status")), "FINISHED"), end.time)
 
     def note(self, error: Exception | None) -> None:
         """Write down why MLflow takes nothing, or that it does again; said once in the log."""
@@ -130,8 +130,14 @@ class Shipper:
         """Connect; find or make the run; what belongs to its beginning."""
         delivery, client = self._delivery, connect(self.uri)
         if delivery.mlflow_run is None:
+            first = next(read_spool(self.spool), None)
             run = MlflowRun.find_or_create(
-                client, self.experiment, self.run_name, delivery.token, self._local_artifacts()
+                client,
+                self.experiment,
+                self.run_name,
+                delivery.token,
+                started=first.time if first else None,
+                artifacts=self._local_artifacts(),
             )
         else:
             run = MlflowRun(client, delivery.mlflow_run)

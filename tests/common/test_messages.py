@@ -52,7 +52,10 @@ def test_kinds_are_unique_and_complete() -> None:
         (packed("lease", {"capacity": -1, "version": 0, "era": 0, "wait_s": 1.0}), "capacity"),
         (packed("lease", {"capacity": True, "version": 0, "era": 0, "wait_s": 1.0}), "capacity"),
         (packed("lease", {"capacity": 1, "version": 0, "era": 0, "wait_s": math.nan}), "wait_s"),
-        (packed("lease", {"capacity": 1, "version": 0, "era": 0, "wait_s": 1.0, "x": 1}), "unknown field `x`"),
+        (
+            packed("lease", {"capacity": 1, "version": 0, "era": 0, "wait_s": 1.0, "x": 1}),
+            "unknown field `x`",
+        ),
         (packed("fetch", {"groups": [[1, -2]]}), r"groups\[0\]\[1\]: expected `int` >= 0"),
         (packed("fetch", {"groups": [[1, 2, 3]]}), "length 2"),
         (packed("heartbeat", {"state": "x", "telemetry": {"a": math.inf}}), "telemetry"),

@@ -55,7 +55,9 @@ def test_a_run_is_delivered_whole_and_a_resumed_one_continues_it(
     summary = tmp_path / "summary.json"
     summary.write_text("{}")
     first.finish(end, [summary])
-    assert MlflowClient(store).get_run(first.run_id).info.status == "KILLED"
+    closed = MlflowClient(store).get_run(first.run_id).info
+    assert (closed.status, closed.end_time) == ("KILLED", int(end.time * 1000))
+    assert 0 <= closed.end_time - closed.start_time < 60_000, "the run's own time, not that of the delivery"
 
     spool.append("run", 1, {"recipe": {"learner": {"lr": 1e-6}, "run": {"name": "x", "steps": 9}}})
     spool.append("learner", 1, {"reward": 0.5})
@@ -107,7 +109,7 @@ def test_a_run_whose_creation_was_never_answered_is_found(tmp_path: Path, store:
     spool.append("learner", 0, {"reward": 1.0})
     one = shipper(tmp_path, store)
     token = Delivery.load(tmp_path).token
-    lost = MlflowRun.find_or_create(MlflowClient(store), "tests", tmp_path.name, token, None)
+    lost = MlflowRun.find_or_create(MlflowClient(store), "tests", tmp_path.name, token)
     one.deliver()
     assert one.run_id == lost.run_id
 

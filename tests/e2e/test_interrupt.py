@@ -89,6 +89,7 @@ def test_ctrl_c_with_a_stuck_actor_then_resume(tmp_path: Path) -> None:
     done = step_of(folder)
     assert done < STEPS - 1, "the run must have been interrupted"
     first = mlflow_run(folder)
+    assert f"MLflow: run {first}" in (folder / "run.log").read_text(), "where to look is said"
 
     again = start(tmp_path, "--resume")
     assert again.wait(250) == 0, (tmp_path / "out.txt").read_text() + (folder / "learner.log").read_text()
