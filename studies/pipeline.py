@@ -17,12 +17,9 @@ from common.errors import RunFailedError
 from common.tracking.spool import Record, read_spool
 from studies.verdict import Row
 
-# Name in a row -> name in the spool.
-TRAIN = {
+# Name in a row -> name in the spool, of the learner's points.
+TRAINED = {
     "reward": "reward",
-    "length": "length",
-    "length_correct": "length_correct",
-    "length_incorrect": "length_incorrect",
     "ratio_ess": "ratio_ess",
     "clip_low_mean": "clip_low_mean",
     "clip_high_mean": "clip_high_mean",
@@ -30,6 +27,8 @@ TRAIN = {
     "entropy_mean": "entropy_mean",
     "gradient": "grad_norm",
 }
+# Of the actors' points: over all that was sampled, as in the miniature, not only what was sent to the learner.
+SAMPLED = ("length", "length_correct", "length_incorrect")
 
 
 def run_recipe(recipe: str, name: str, root: Path, settings: Mapping[str, Any]) -> list[Row]:
@@ -63,8 +62,10 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
         values = record.values
         if record.kind == "learner":
             rows = {key: row for key, row in rows.items() if key[0] != "train" or key[1] <= record.step}
-            found = {name: values.get(key) for name, key in TRAIN.items()}
+            found = {name: values.get(key) for name, key in TRAINED.items()} | dict.fromkeys(SAMPLED)
             rows["train", record.step] = {"kind": "train", "step": record.step, **found}
+        elif record.kind == "actor" and ("train", record.step) in rows:
+            rows["train", record.step] |= {name: values.get(name) for name in SAMPLED}
         elif record.kind == "eval":
             rows["eval", record.step] = {"kind": "eval", "step": record.step, **_evaluation(values)}
     return list(rows.values())

@@ -141,7 +141,8 @@ def test_countdown_text_answers_in_the_asked_form_and_search_pays() -> None:
 
 def test_points_of_a_pipeline_run_become_rows(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "metrics.jsonl")
-    spool.append("learner", 0, {"reward": 0.1, "length": 5.0})
+    spool.append("learner", 0, {"reward": 0.1, "length": 9.0})
+    spool.append("actor", 0, {"length": 5.0, "accuracy": 0.1})
     spool.append("learner", 1, {"reward": 0.9})
     spool.append("learner", 2, {"reward": 0.9})
     spool.append("learner", 1, {"reward": 0.2})  # after a rewind
@@ -149,7 +150,7 @@ def test_points_of_a_pipeline_run_become_rows(tmp_path: Path) -> None:
     rows = rows_of(read_spool(tmp_path / "metrics.jsonl"))
     train_rows = [row for row in rows if row["kind"] == "train"]
     assert [(row["step"], row["reward"]) for row in train_rows] == [(0, 0.1), (1, 0.2)]
-    assert train_rows[1]["length"] is None
+    assert [row["length"] for row in train_rows] == [5.0, None], "of all that was sampled"
     assert score(rows) == pytest.approx(0.4)  # the unweighted mean over sets
 
 
