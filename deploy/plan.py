@@ -26,6 +26,7 @@ DEFAULT_GPUS = (8, 64, 512)
 ACTOR_COUNTS = (1, 2, 3, 4, 6, 8)
 A100_BYTES = 80 * 2**30
 DEFAULT_PROMPT_TOKENS = 150.0
+FILE_WIDTH = 130  # of what goes to a file
 Rows = list[tuple[str, str]]
 
 
@@ -33,12 +34,13 @@ def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     recorded: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--from",
             metavar="RUN",
             help="Take rates, lengths and the filtered share from this run (folder, or name below ./runs) instead of "
-            "assuming them. Best from one with `broker.record = true` and `batch.max_staleness = 0`, of 15 steps or more.",
+            "assuming them. Best with `broker.record = true` and 15 steps or more. Repeatable: a synchronous and an "
+            "asynchronous run of the same machine also tell how much learner and actors slow each other down.",
         ),
     ] = None,
     gpus: Annotated[
@@ -116,7 +118,7 @@ def plan(
             "a recorded run brings its own lengths; give one of the two.", setting="--mean-length"
         )
     loaded = load_recipe(recipe, overrides or ())
-    if recorded is None:
+    if not recorded:
         found = _assumed(loaded, given, gpus or DEFAULT_GPUS, mean_length, prompt_tokens, filtered, seed)
     else:
         found = _calibrated(loaded, given, recorded, gpus, prompt_tokens, filtered, seed)
@@ -132,7 +134,7 @@ def plan(
 def _calibrated(
     recipe: Recipe,
     given: Given,
-    run: str,
+    runs: Sequence[str],
     gpus: Sequence[int] | None,
     prompt_tokens: float | None,
     filtered: float | None,
@@ -144,14 +146,14 @@ def _calibrated(
 
     if gpus:
         raise UserError("a recorded run says nothing about A100s: give --gpus or --from.", setting="--gpus")
-    calibration = calibrate(run)
+    calibration = calibrate(*runs)
     workload = _with_workload(recipe, calibration, prompt_tokens, filtered)
     rates = _with_given(recipe, calibration, given)
     counts = sorted({*ACTOR_COUNTS, recipe.actor.count})
     splits = actors_for_learner(recipe, rates, workload, counts, seed)
     return {
         "recipe": recipe.run.name,
-        "rates": _rates_of_run(recipe, rates, run, calibration),
+        "rates": _rates_of_runs(recipe, rates, runs, calibration),
         "workload": _describe(workload),
         "rows": [_row(split, recipe, f"{split.actors} actors") for split in splits],
         "recommended": best(splits).actors,
@@ -202,23 +204,24 @@ def _with_given(recipe: Recipe, calibration: Calibration, given: Given) -> Any:
     return rates
 
 
-def _rates_of_run(recipe: Recipe, rates: Any, run: str, calibration: Calibration) -> Rows:
-    slots, measured = recipe.actor.max_sequences, calibration.measured
-    source = f"fitted to '{run}'"
-    return [
-        (f"actor {rates.actor_rate(slots):,.0f} tokens/s at {slots} sequences", source),
-        (f"decode step {1e3 * rates.decode_s:.2f} ms + {1e3 * rates.sequence_s:.3f} ms per sequence", source),
+def _rates_of_runs(recipe: Recipe, rates: Any, runs: Sequence[str], calibration: Calibration) -> Rows:
+    slots, names = recipe.actor.max_sequences, " and ".join(f"'{run}'" for run in runs)
+    rows = [
+        (f"actor {rates.actor_rate(slots):,.0f} tokens/s at {slots} sequences", f"fitted to {names}"),
+        (f"decode step {1e3 * rates.decode_s:.2f} ms + {1e3 * rates.sequence_s:.3f} ms per sequence", "same"),
         (
             f"learner {rates.learner_rate:,.0f} tokens/s + {rates.train_fixed_s:.3f} s per step",
-            f"read from '{run}'",
+            f"read from {names}",
         ),
-        (f"push {rates.push_s:.3f} s, generation stopped {rates.stop_s:.3f} s", f"read from '{run}'"),
-        (
-            f"that run: step {measured.step_s:.2f} s, learner idle {measured.learner_idle:.0%}, "
-            f"staleness {measured.staleness_mean:.2f}",
-            "measured",
-        ),
+        (f"push {rates.push_s:.3f} s, generation stopped {rates.stop_s:.3f} s", "same"),
     ]
+    if len(runs) > 1:
+        rows.append((f"both {rates.contention:.2f} times slower while both compute", f"fitted to {names}"))
+    for run, recording in zip(runs, calibration.runs, strict=True):
+        known = recording.measured
+        text = f"step {known.step_s:.2f} s, learner idle {known.learner_idle:.0%}, staleness {known.staleness_mean:.2f}"
+        rows.append((f"'{run}': {text}", "measured"))
+    return rows
 
 
 # --- with assumed rates ---------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def _assumed(
             )
             continue
         rows.append(_row(split, recipe, f"{count} A100s"))
-        notes += _too_little_memory(recipe, shape, split, count)
+        notes += _too_little_memory(recipe, shape, split)
     if rows and rows[-1]["gpus"] < max(gpus):
         notes.append(
             "GPUs are left over: one step has too few responses for more, and its longest response bounds it; raise "
@@ -278,7 +281,9 @@ def _assumed(
         "workload": _describe(workload),
         "rows": rows,
         "recommended": rows[0]["actors"] if rows else None,
-        "notes": ["assumed rates: not measured on any GPU here; evaluations are left out", *notes],
+        "notes": list(
+            dict.fromkeys(["assumed rates: not measured on any GPU here; evaluations are left out", *notes])
+        ),
     }
 
 
@@ -308,20 +313,20 @@ def _rank_bytes(recipe: Recipe, shape: ModelShape, ranks: int) -> float:
     return learner_memory(recipe.model_copy(update={"learner": learner}), shape, "gpu").total
 
 
-def _too_little_memory(recipe: Recipe, shape: ModelShape, split: Split, gpus: int) -> list[str]:
+def _too_little_memory(recipe: Recipe, shape: ModelShape, split: Split) -> list[str]:
     """What the recipe, as it is written, would run into."""
     from deploy.memory import actor_memory
 
     actor = actor_memory(recipe, shape, "gpu", A100_BYTES).total
     needs = {
-        "learner rank": (
+        f"a learner rank of {split.ranks}": (
             _rank_bytes(recipe, shape, split.ranks),
             "set weights.route = 'gloo' or learner.zero_stage = 3",
         ),
-        "actor": (actor, "lower actor.gpu_memory_utilization"),
+        "an actor": (actor, "lower actor.gpu_memory_utilization"),
     }
     return [
-        f"{gpus} A100s: a {who} would need about {size / 2**30:.0f} of {A100_BYTES / 2**30:.0f} GiB: {remedy}"
+        f"{who} would need about {size / 2**30:.0f} of {A100_BYTES / 2**30:.0f} GiB: {remedy}"
         for who, (size, remedy) in needs.items()
         if size > A100_BYTES
     ]
@@ -358,6 +363,8 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
     from rich.table import Table
 
     console, work = Console(), found["workload"]
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
     batch = recipe.batch
     console.print(
         f"[bold]{found['recipe']}[/bold]: {recipe.run.steps} steps of {batch.questions_per_step} x "
@@ -382,7 +389,7 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
         "tokens/s",
         "hours",
     ):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in found["rows"]:
         table.add_row(*_cells(row))
     console.print(table)

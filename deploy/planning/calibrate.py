@@ -1,9 +1,10 @@
-"""Rates and workload of a recorded run, from its folder alone.
+"""Rates and workload of recorded runs, from their folders alone.
 
-Invariant: everything comes from the run's own points (`metrics.jsonl`) and journal. What the learner does is read
+Invariant: everything comes from the runs' own points (`metrics.jsonl`) and journals. What the learner does is read
 off directly. How fast an engine decodes is not in the points: it is the pair (decode_s, sequence_s) with which the
-simulation of the very same recipe reproduces what was recorded: the time of a step and, where the run kept its
-groups (`broker.record = true`), the time of a group in the engine.
+simulation of the very same recipes reproduces what was recorded: the time of a step and, where a run kept its
+groups (`broker.record = true`), the time of a group in the engine. How much learner and actor slow each other down
+on one machine shows only in two runs that overlap them differently, such as a synchronous and an asynchronous one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from common.messages import GroupHeader
 from common.recipe.schema import Recipe
 from deploy.folder import find_folder, read_recipe
 from deploy.planning.rates import Rates
-from deploy.planning.simulate import Outcome, simulate
+from deploy.planning.simulate import simulate
 from deploy.planning.workload import LogNormal, Recorded, Workload
 from deploy.report import WARM_UP_STEPS, Points, read_points
 
@@ -37,7 +38,8 @@ FEWEST_STEPS = WARM_UP_STEPS + 3
 # A prompt token goes through the model like any other but needs no step of its own, no sampling and no record.
 PROMPT_SHARE = 0.1
 ASSUMED_HALF_RATE = 64  # sequences at which a decode step takes twice its floor, where nothing recorded tells
-FIT_STEPS = 25
+FIT_STEPS = 20
+SURE = 3.0
 BUSY = 0.02  # share of waiting under which the learner hides how fast the actors could be
 
 
@@ -49,6 +51,7 @@ class Figures:
     """
 
     step_s: float
+    training_s: float
     learner_idle: float
     staleness_mean: float
     tokens_s: float
@@ -56,26 +59,53 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Rates and workload of a run, the figures that they were read from, and remarks on how."""
+class Recording:
+    """One run: its recipe, workload, the rates that can be read off, what it did, and in how many steps."""
 
     recipe: Recipe
+    workload: Workload
+    rates: Rates
+    measured: Figures
+    steps: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rates and workload (of the first run), the runs that they were read from, and remarks on how."""
+
     rates: Rates
     workload: Workload
-    measured: Figures
+    runs: tuple[Recording, ...]
     notes: tuple[str, ...]
 
+    @property
+    def recipe(self) -> Recipe:
+        """Of the first run."""
+        return self.runs[0].recipe
 
-def calibrate(run: str | Path) -> Calibration:
-    """Read the rates of a run.
+
+def calibrate(*runs: str | Path) -> Calibration:
+    """Read the rates of runs on the same machines.
 
     Args:
-        run: run folder, or a name below ./runs.
+        runs: run folders, or names below ./runs; at least one.
 
     Raises:
-        UserError: no such run, too few steps, or nothing in it tells how fast its actors are.
+        UserError: no such run, too few steps, or nothing in them tells how fast their actors are.
     """
-    folder = find_folder(str(run))
+    recordings = tuple(read_recording(find_folder(str(run))) for run in runs)
+    if all(r.measured.group_s is None and r.measured.learner_idle < BUSY for r in recordings):
+        raise UserError(
+            "the learner of this run never waited, so that nothing tells how fast its actors are: record one with "
+            "broker.record = true, or give --actor-rate.",
+            setting=SETTING,
+        )
+    rates, notes = _fit(recordings)
+    return Calibration(rates, recordings[0].workload, recordings, notes)
+
+
+def read_recording(folder: Path) -> Recording:
+    """Everything about the run in `folder` that needs no simulation."""
     recipe, points = read_recipe(folder), read_points(folder)
     steps = len(points.values("learner", "seconds_training"))
     if steps < FEWEST_STEPS:
@@ -84,11 +114,13 @@ def calibrate(run: str | Path) -> Calibration:
             setting=SETTING,
         )
     headers = _headers(folder, recipe)
-    workload = _workload(recipe, points, headers, folder)
-    measured = measured_figures(folder, headers)
-    known = _learner_rates(recipe, points, headers)
-    rates, notes = _fit_engine(recipe, known, workload, measured, steps)
-    return Calibration(recipe, rates, workload, measured, notes)
+    return Recording(
+        recipe,
+        _workload(recipe, points, headers, folder),
+        _learner_rates(recipe, points, headers),
+        measured_figures(folder, headers),
+        steps,
+    )
 
 
 def measured_figures(folder: Path, headers: Sequence[GroupHeader] | None = None) -> Figures:
@@ -102,6 +134,7 @@ def measured_figures(folder: Path, headers: Sequence[GroupHeader] | None = None)
     times = [header.generate_s for header in headers if header.generate_s]
     return Figures(
         step_s=seconds / steps,
+        training_s=sum(parts[1]) / steps,
         learner_idle=sum(parts[0]) / seconds,
         staleness_mean=_staleness(points),
         tokens_s=tokens * steps / seconds,
@@ -226,12 +259,19 @@ def _learner_rates(recipe: Recipe, points: Points, headers: Sequence[GroupHeader
 
 
 def line_through(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """(seconds at no work, seconds per unit of work), both at least 0, by least squares."""
+    """(seconds at no work, seconds per unit of work), both at least 0, by least squares.
+
+    Steps of one run differ little in size, so that their seconds at no work are far from what was seen: the line
+    goes through the origin unless it misses it by `SURE` standard errors.
+    """
     deviation = work - work.mean()
     spread = float(deviation @ deviation)
     slope = float(deviation @ (seconds - seconds.mean())) / spread if spread else 0.0
     fixed = float(seconds.mean() - slope * work.mean())
-    if slope <= 0 or fixed < 0:
+    left = seconds - fixed - slope * work
+    variance = float(left @ left) / max(1, len(work) - 2)
+    error = math.sqrt(variance * (1 / len(work) + float(work.mean()) ** 2 / spread)) if spread else math.inf
+    if slope <= 0 or fixed <= SURE * error:
         return 0.0, float(seconds.sum() / work.sum())
     return fixed, slope
 
@@ -239,43 +279,46 @@ def line_through(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
 # --- the engine, by simulation ------------------------------------------------------------------------------
 
 
-def _fit_engine(
-    recipe: Recipe, known: Rates, workload: Workload, measured: Figures, steps: int
-) -> tuple[Rates, tuple[str, ...]]:
-    if measured.group_s is None and measured.learner_idle < BUSY:
-        raise UserError(
-            "the learner of this run never waited, so that nothing tells how fast its actors are: record one with "
-            "broker.record = true, or give --actor-rate.",
-            setting=SETTING,
-        )
+def _fit(recordings: Sequence[Recording]) -> tuple[Rates, tuple[str, ...]]:
+    """The engine's rates, and the contention where there are several runs; the learner's are the fastest run's."""
+    base = min((recording.rates for recording in recordings), key=lambda rates: rates.train_token_s)
+    measured = recordings[0].measured
+    per_token = measured.step_s / (
+        recordings[0].recipe.responses_per_step * recordings[0].workload.lengths.mean
+    )
+    timed, several = any(r.measured.group_s is not None for r in recordings), len(recordings) > 1
 
-    def rates_at(decode: float, sequence: float) -> Rates:
+    def rates_at(place: tuple[float, ...]) -> Rates:
+        sequence_s = math.exp(place[0])
+        decode_s = math.exp(place[1]) if timed else ASSUMED_HALF_RATE * sequence_s
+        contention = 1 + abs(place[-1]) if several else 1.0
         return replace(
-            known,
-            decode_s=math.exp(decode),
-            sequence_s=math.exp(sequence),
-            prompt_s=PROMPT_SHARE * math.exp(sequence),
+            base,
+            decode_s=decode_s,
+            sequence_s=sequence_s,
+            prompt_s=PROMPT_SHARE * sequence_s,
+            contention=contention,
         )
 
-    def error(decode: float, sequence: float) -> float:
-        outcome = simulate(recipe, rates_at(decode, sequence), workload, steps=min(steps, FIT_STEPS))
-        return misfit(outcome, measured)
-
-    start = math.log(measured.step_s / (recipe.responses_per_step * workload.lengths.mean))
-    half_rate = math.log(ASSUMED_HALF_RATE)
-    if measured.group_s is None:
-        best = compass_search(lambda move: error(move[0] + half_rate, move[0]), (start,))
-        note = f"decode floor not separable from one run without its groups: {ASSUMED_HALF_RATE} sequences assumed to double it"
-        return rates_at(best[0] + half_rate, best[0]), (note,)
-    best = compass_search(lambda move: error(*move), (start + half_rate, start))
-    return rates_at(*best), ()
+    start = [math.log(per_token)]
+    start += [math.log(ASSUMED_HALF_RATE * per_token)] if timed else []
+    start += [0.2] if several else []
+    best = compass_search(lambda place: misfit(rates_at(place), recordings), tuple(start))
+    unseparated = f"decode floor not separable without recorded groups: taken to double at {ASSUMED_HALF_RATE} sequences"
+    return rates_at(best), () if timed else (unseparated,)
 
 
-def misfit(outcome: Outcome, measured: Figures) -> float:
-    """Squared relative errors of step time and, where it was recorded, of a group's time in the engine."""
-    error = math.log(outcome.step_s / measured.step_s) ** 2
-    if measured.group_s is not None:
-        error += math.log(outcome.group_s / measured.group_s) ** 2
+def misfit(rates: Rates, recordings: Sequence[Recording]) -> float:
+    """Sum of squared log errors: time of a step, of training and, where it was recorded, of a group in the engine."""
+    error = 0.0
+    for recording in recordings:
+        measured, steps = recording.measured, min(recording.steps, FIT_STEPS)
+        outcome = simulate(recording.recipe, rates, recording.workload, steps=steps)
+        error += math.log(outcome.step_s / measured.step_s) ** 2
+        if len(recordings) > 1:
+            error += math.log(outcome.training_s / measured.training_s) ** 2
+        if measured.group_s is not None:
+            error += math.log(outcome.group_s / measured.group_s) ** 2
     return error
 
 
@@ -283,7 +326,7 @@ def compass_search(
     error: Callable[[tuple[float, ...]], float],
     start: tuple[float, ...],
     step: float = 1.0,
-    finest: float = 0.02,
+    finest: float = 0.03,
 ) -> tuple[float, ...]:
     """Minimise `error` from `start`: try each direction, halve the step where none is better (Kolda et al. 2003)."""
     best, least = start, error(start)

@@ -24,6 +24,8 @@ class Rates:
         push_s: from the learner's commit until an actor holds the new weights.
         stop_s: generation stands still at a swap, beside what is computed again.
         checkpoint_s: the learner's time for one checkpoint.
+        contention: how many times longer learner and engines each take while both compute; 1 where each has a machine
+            of its own.
     """
 
     decode_s: float
@@ -36,6 +38,7 @@ class Rates:
     push_s: float = 0.0
     stop_s: float = 0.0
     checkpoint_s: float = 0.0
+    contention: float = 1.0
 
     def step_s(self, running: int) -> float:
         """Seconds of one decode step with so many running sequences."""

@@ -56,7 +56,7 @@ class Outcome:
     """What came out; means are over the steps after the warm-up.
 
     Attributes:
-        step_s: seconds from one commit to the next.
+        step_s: seconds from one commit to the next; `training_s` those of them that the learner trains.
         learner_idle, actor_idle: shares of time, 0..1.
         staleness: share of trained tokens by versions of lag.
         tokens_s: generated tokens per second of all actors.
@@ -66,6 +66,7 @@ class Outcome:
     """
 
     step_s: float
+    training_s: float
     learner_idle: float
     actor_idle: float
     staleness: dict[int, float]
@@ -136,12 +137,18 @@ class _Engine:
         self._versions: list[int] = [0]
         self._position = self._now = self._free_at = 0.0
         self._starts = 0.0
+        self._slower = 1.0
         self.busy_s = 0.0
 
     @property
     def version(self) -> int:
         """Of the weights."""
         return self._versions[-1]
+
+    @property
+    def busy(self) -> bool:
+        """Whether it computes."""
+        return bool(self._running)
 
     @property
     def unfinished(self) -> int:
@@ -172,19 +179,28 @@ class _Engine:
         if self._running:
             self.busy_s += now - self._now
             decoding = now - max(self._now, min(self._free_at, now))
-            self._position += decoding / self._rates.step_s(len(self._running))
+            self._position += decoding / self._step_s()
         self._now = now
+
+    def _step_s(self) -> float:
+        return self._rates.step_s(len(self._running)) * self._slower
+
+    def slow_down(self, now: float, factor: float) -> None:
+        """From now on decode steps take `factor` times as long."""
+        self.advance(now)
+        self._slower = factor
 
     def next_completion(self) -> float:
         """When the next sequence ends; infinite when nothing runs."""
         if not self._running:
             return math.inf
         left = max(0.0, self._running[0][0] - self._position)
-        return max(self._now, self._free_at) + left * self._rates.step_s(len(self._running))
+        return max(self._now, self._free_at) + left * self._step_s()
 
     def complete(self, now: float) -> list[_Job]:
-        """Sequences end; returns the jobs that are complete with them."""
+        """The next sequence ends (now is its time), and those with it; returns the jobs that are complete thereby."""
         self.advance(now)
+        self._position = max(self._position, self._running[0][0])  # whatever rounding left of the last token
         done = []
         while self._running and self._running[0][0] <= self._position + EPSILON:
             end, _, start, job = heapq.heappop(self._running)
@@ -248,6 +264,23 @@ def sequences_leased(slots: int, group_size: int) -> int:
     return slots + max(group_size, slots // 8)
 
 
+@dataclass(eq=False)
+class _Training:
+    """A step in the learner's hands since `started`: seconds of work `left` as of `since`, if undisturbed."""
+
+    step: int
+    jobs: list[_Job]
+    tokens: int
+    waited: float
+    started: float
+    left: float
+    since: float
+    slower: float = 1.0
+    alarm: int = 0
+    done: bool = False
+    seconds: float = 0.0
+
+
 # --- the run ------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +310,8 @@ class _Run:
         self._evaluation: int | None = 0 if workload.eval_sequences else None  # version to evaluate
         self._wanted: int | None = 0  # step that the feed asks for
         self._ready: tuple[int, list[Group]] | None = None  # the batch taken ahead
-        self._training = False
+        self._training: _Training | None = None
+        self._slowed = self._saving = False  # the engines, by the learner; a checkpoint is being written
         self._idle_since = 0.0
         self._generated = self._groups = 0
         self._group_seconds = 0.0
@@ -344,6 +378,7 @@ class _Run:
         for group in self.ledger.lease(actor.name, share, era=0, version=version, now=self._now):
             actor.engine.add(self._now, self._job(group, self._recipe.rollout.group_size))
         self._schedule(actor)
+        self._engines_changed()
         self._ask(actor)
 
     def _job(self, group: Group | None, size: int) -> _Job:
@@ -379,6 +414,7 @@ class _Run:
                 self._group_seconds += self._now - job.since
                 self._at(self._now + self._rates.hand_over_s, lambda job=job: self._publish(actor, job))
         self._schedule(actor)
+        self._engines_changed()
         self._ask(actor)
 
     def _publish(self, actor: _Actor, job: _Job) -> None:
@@ -435,48 +471,78 @@ class _Run:
             self._train()
 
     def _train(self) -> None:
-        if self._training or self._ready is None:
+        if self._training is not None or self._saving or self._ready is None:
             return
         (step, groups), self._ready = self._ready, None
-        self._training = True
         if step < self.ledger.last_step:
             self._wanted = step + 1
         jobs = [self._jobs.pop(group.key) for group in groups if group.state == State.TAKEN]
         tokens = sum(sum(job.lengths) + len(job.lengths) * self._workload.prompt_tokens for job in jobs)
         tokens = round(tokens * self._recipe.algorithm.epochs)
-        seconds = self._rates.train_fixed_s + self._rates.train_token_s * tokens
-        waited = self._now - self._idle_since
-        self._at(
-            self._now + seconds + self._rates.publish_s,
-            lambda: self._commit(step, jobs, waited, seconds, tokens),
+        work = self._rates.train_fixed_s + self._rates.train_token_s * tokens
+        self._training = _Training(
+            step, jobs, tokens, self._now - self._idle_since, self._now, work, self._now
         )
+        self._share_machine()
         self._take()
 
-    def _commit(self, step: int, jobs: list[_Job], waited: float, seconds: float, tokens: int) -> None:
-        version = step + 1
-        self.ledger.commit(step, version)
-        self._note(step, jobs, waited, seconds, tokens)
+    def _share_machine(self) -> None:
+        """Learner and engines slow each other down where they compute on one machine (`Rates.contention`)."""
+        training, factor = self._training, self._rates.contention
+        busy = factor != 1 and any(actor.engine.busy for actor in self.actors)
+        if training is not None and not training.done:
+            training.left -= (self._now - training.since) / training.slower
+            training.since, training.slower = self._now, factor if busy else 1.0
+            training.alarm += 1
+            alarm, when = training.alarm, self._now + max(0.0, training.left) * training.slower
+            self._at(when, lambda: self._trained(training) if training.alarm == alarm else None)
+        if factor != 1 and self._slowed != (training is not None):
+            self._slowed = training is not None
+            for actor in self.actors:
+                actor.engine.slow_down(self._now, factor if self._slowed else 1.0)
+                self._schedule(actor)
+
+    def _engines_changed(self) -> None:
+        if self._rates.contention != 1:
+            self._share_machine()
+
+    def _trained(self, training: _Training) -> None:
+        training.done, training.seconds = True, self._now - training.started
+        self._at(self._now + self._rates.publish_s, lambda: self._commit(training))
+
+    def _commit(self, training: _Training) -> None:
+        version = training.step + 1
+        self.ledger.commit(training.step, version)
+        self._note(training)
+        self._training = None
+        self._share_machine()
         if self._workload.eval_sequences and version % self._recipe.eval.every == 0:
             self._evaluation = version
         for actor in self.actors:
             self._at(self._now + self._rates.push_s, lambda actor=actor: self._arrive(actor, version))
         due = version % self._recipe.learner.checkpoint_every == 0
-        self._at(self._now + (self._rates.checkpoint_s if due else 0.0), self._free)
+        self._saving = due and self._rates.checkpoint_s > 0
+        if self._saving:
+            self._at(self._now + self._rates.checkpoint_s, self._free)
+        else:
+            self._free()
         self._settle()
 
     def _free(self) -> None:
-        self._training, self._idle_since = False, self._now
+        self._saving, self._idle_since = False, self._now
         self._train()
 
-    def _note(self, step: int, jobs: list[_Job], waited: float, seconds: float, tokens: int) -> None:
+    def _note(self, training: _Training) -> None:
         lags: Counter[int] = Counter()
-        for job in jobs:
+        for job in training.jobs:
             for version, count in job.versions.items():
-                lags[step - version] += count
+                lags[training.step - version] += count
         for actor in self.actors:
             actor.engine.advance(self._now)
         busy = sum(actor.engine.busy_s for actor in self.actors)
-        self.slices.append(Slice(self._now, waited, seconds, tokens, lags, busy, self._generated))
+        self.slices.append(
+            Slice(self._now, training.waited, training.seconds, training.tokens, lags, busy, self._generated)
+        )
 
 
 def _outcome(run: _Run, warm_up: int) -> Outcome:
@@ -489,6 +555,7 @@ def _outcome(run: _Run, warm_up: int) -> Outcome:
     busy = (last.busy_s - earlier.busy_s) / (seconds * len(run.actors)) if seconds else 1.0
     return Outcome(
         step_s=seconds / len(counted),
+        training_s=sum(piece.training_s for piece in counted) / len(counted),
         learner_idle=sum(piece.waiting_s for piece in counted) / seconds if seconds else 0.0,
         actor_idle=max(0.0, 1.0 - busy),
         staleness={lag: count / total for lag, count in sorted(lags.items())},

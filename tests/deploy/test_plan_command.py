@@ -21,7 +21,7 @@ WORKLOAD = Workload(LogNormal(200, 1000), prompt_tokens=100)
 
 
 def outcome(step_s: float) -> Outcome:
-    return Outcome(step_s, 0.0, 0.0, {0: 1.0}, 1.0, 1.0, [], {})
+    return Outcome(step_s, 0.0, 0.0, 0.0, {0: 1.0}, 1.0, 1.0, [], {})
 
 
 def run(*arguments: str) -> Any:

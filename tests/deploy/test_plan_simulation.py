@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, Rates, Workload, int]:
     )
     seconds = st.floats(0, 0.3)
     rates = Rates(
-        decode_s=draw(st.floats(1e-4, 0.1)),
+        decode_s=draw(st.floats(1e-12, 0.1)),
         sequence_s=draw(st.floats(0, 0.01)),
         train_token_s=draw(st.floats(1e-6, 0.01)),
         train_fixed_s=draw(seconds),
@@ -68,6 +68,7 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, Rates, Workload, int]:
         push_s=draw(seconds),
         stop_s=draw(seconds),
         checkpoint_s=draw(seconds),
+        contention=draw(st.sampled_from([1.0, 1.5, 3.0])),
     )
     workload = Workload(
         LogNormal(draw(st.floats(2, 40)), 64, draw(st.floats(0, 1))),
@@ -158,6 +159,13 @@ def test_synchronous_actor_waits_for_the_next_heartbeat() -> None:
     slow = simulate(late.model_copy(update={"broker": broker}), RATES, constant(20))
     soon = simulate(late, RATES, constant(20))
     assert soon.step_s < slow.step_s <= soon.step_s + 1.0
+
+
+def test_one_machine_for_both_slows_both_down() -> None:
+    apart = [_step(RATES, staleness) for staleness in (0, 2)]
+    together = [_step(replace(RATES, contention=2.0), staleness) for staleness in (0, 2)]
+    assert together[0] == pytest.approx(apart[0], rel=1e-6), "they never compute at the same time"
+    assert apart[1] < together[1] <= 2 * apart[1]
 
 
 def test_filtered_groups_cost_the_learner_nothing() -> None:
