@@ -1,4 +1,4 @@
-"""A scripted actor or learner that stops making progress in a way of its own, while its process lives on.
+"""A scripted actor that stops making progress after a few groups, while its process lives on.
 
     python -m tests.scripted.stalling deadlock ADDRESS --name actor-0
 
@@ -17,6 +17,8 @@ from common import stacks, wire
 from common.messages import Assignment
 from tests.scripted.actor import ScriptedActor
 
+GROUPS = 8
+
 
 def wait_for_ever_on_a_lock() -> None:
     """What the test looks for in the stacks."""
@@ -26,16 +28,21 @@ def wait_for_ever_on_a_lock() -> None:
 
 
 class DeadlockedActor(ScriptedActor):
-    """Leases, and never answers."""
+    """Answers `GROUPS` times, then no more."""
 
     def _publish(self, assignment: Assignment, era: int, first: int) -> None:
+        if self.published == GROUPS:
+            self._hang()
+        super()._publish(assignment, era, first)
+
+    def _hang(self) -> None:
         wait_for_ever_on_a_lock()
 
 
-class ActorWithHungHelper(ScriptedActor):
-    """Leases, and waits for a child that hangs."""
+class ActorWithHungHelper(DeadlockedActor):
+    """Waits for a child that hangs."""
 
-    def _publish(self, assignment: Assignment, era: int, first: int) -> None:
+    def _hang(self) -> None:
         helper = os.fork()
         if not helper:
             wait_for_ever_on_a_lock()
