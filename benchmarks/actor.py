@@ -8,7 +8,7 @@ the least that vLLM can be made to do (engine in the same process, no incrementa
 The actor is the real process: it leases from a real broker in this process, samples, verifies, publishes, waits
 for the answers; what it does beyond `lean` includes moving every token's log-probability between two processes.
 
-Each side is a process of its own on one core; the broker is on another. Figures are generated tokens per second
+Each side is a process of its own on one core; the broker is on another (`--all-cores`: wherever there is room). Figures are generated tokens per second
 of processor time of all processes of a side, which on a core of their own is tokens per second; wall-clock
 figures are given too. Ratios are of medians over the repeats, sides taking turns.
 """
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from benchmarks.bare_engine import bare_arguments
 from common.messages import Hello, StatusQuery
 from common.recipe import Recipe
 from common.wire import Client
@@ -85,6 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--train", default="orz-mini", help="question set")
     parser.add_argument("--template", default="no")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--all-cores", action="store_true", help="pin nothing: for a GPU")
     parser.add_argument("--side", choices=("bare", "lean"), help="internal: one reference measurement")
     return parser.parse_args()
 
@@ -103,7 +105,7 @@ def _measure_reference(options: argparse.Namespace, side: str) -> Figure:
         stdout=subprocess.PIPE,
         check=True,
         env=_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(side == "bare"))},
-        preexec_fn=_use_first_core,
+        preexec_fn=None if options.all_cores else _use_first_core,
     )
     return Figure(*json.loads(out.stdout.splitlines()[-1]))
 
@@ -113,7 +115,7 @@ def _reference(options: argparse.Namespace, *, lean: bool) -> Figure:
 
     recipe = _recipe(options, Path("."))
     prompts = _prompts(recipe)
-    engine = LLM(**_arguments(recipe))
+    engine = LLM(**bare_arguments(recipe))
     more: dict[str, Any] = {"detokenize": False, "flat_logprobs": True} if lean else {}
     sampling = SamplingParams(n=GROUP, temperature=1.0, max_tokens=options.max_tokens, logprobs=0, **more)
     engine.generate(prompts[:8], sampling, use_tqdm=False)
@@ -122,16 +124,6 @@ def _reference(options: argparse.Namespace, *, lean: bool) -> Figure:
     outputs = engine.generate(prompts, sampling, use_tqdm=False)
     tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
     return Figure(tokens, _cpu_seconds(me) - cpu, time.monotonic() - wall)
-
-
-def _arguments(recipe: Recipe) -> dict[str, Any]:
-    """The actor's own engine settings, without what ties the engine to an actor."""
-    from actors.engine import engine_arguments, for_this_device
-
-    arguments = for_this_device(engine_arguments(recipe, "reference"))
-    arguments["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-    del arguments["worker_extension_cls"]
-    return arguments
 
 
 def _prompts(recipe: Recipe) -> list[Any]:
@@ -155,13 +147,14 @@ def _measure_actor(options: argparse.Namespace) -> Figure:
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = _recipe(options, Path(folder))
-        _use_last_core()
+        if not options.all_cores:
+            _use_last_core()
         with running_broker(recipe) as address:
             actor = subprocess.Popen(
                 [sys.executable, "-m", "actors.main", address, "actor"],
                 env=_environment(),
                 stderr=subprocess.DEVNULL,
-                preexec_fn=_use_first_core,
+                preexec_fn=None if options.all_cores else _use_first_core,
             )
             try:
                 return _watch(address, psutil.Process(actor.pid), options.questions)
