@@ -95,15 +95,14 @@ def test_scaling_what_has_ended_is_refused(cluster: Cluster, shared: Path, progr
         scale_array(folder, 5)
 
 
-def test_waiting_actors_are_taken_out_of_the_queue(cluster: Cluster, shared: Path, program, capsys):
+def test_waiting_actors_are_taken_out_of_the_queue(cluster: Cluster, shared: Path, program):
     folder = send(write_recipe(shared), program, actors=4, extra=("--hold",))
     state = read_state(folder)
     try:
-        scale_array(folder, 1)
+        assert "3 taken out of the queue" in scale_array(folder, 1)
         assert [task.index for task in queue.queued("slipstream-demo-actors")] == [0]
         scale_array(folder, 3)
         assert sorted(task.index for task in queue.queued("slipstream-demo-actors")) == [0, 1, 2]
-        assert "3 taken out of the queue" in capsys.readouterr().out
         assert len(json.loads((folder / "slurm" / "state.json").read_text())["arrays"]) == 2
     finally:
         queue.cancel(map(str, [state.head, *read_state(folder).arrays]))
