@@ -34,7 +34,7 @@ from deploy.memory import MIB, MemoryPlan, actor_memory, learner_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = REPOSITORY / "models" / "minimath-base"
-PERIOD_S = 0.05
+PERIOD_S = 0.25
 # hidden, intermediate, layers, heads, key heads, vocabulary
 SIZES = {"large": (512, 2048, 6, 8, 4, 512), "wide": (256, 768, 3, 8, 4, 32768)}
 IMPORTS = {

@@ -9,25 +9,20 @@ runs enters their predictions.
 Compared are the time of a step, the learner's idle share and the staleness of trained tokens. A prediction holds
 when it is within 20 %, or, where the quantity is close to 0, within 5 points of the share and 0.1 versions.
 
-A run that FOLDER holds already is not made again. The machine should do nothing else meanwhile: `others` says how
-many cores were busy with something else.
+A run that FOLDER holds already is not made again. The machine should do nothing else meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from deploy.folder import holds_a_run, read_recipe
 from deploy.planning.calibrate import Calibration, calibrate, measured_figures
@@ -50,10 +45,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "few-sequences": ("batch.max_staleness=2", "actor.max_sequences=32"),
     "long-groups": ("batch.max_staleness=1", "rollout.group_size=16", "batch.questions_per_step=16"),
     "evaluated": ("batch.max_staleness=2", "eval.sets=['demo-heldout']", "eval.every=4"),
-    "two-actors": ("batch.max_staleness=2", "actor.count=2"),
 }
 SIMULATED_STEPS = 60
-OTHERS_FILE = "others.json"
 TOLERANCE = 0.20
 CLOSE_TO_ZERO = {"step_s": 0.0, "learner_idle": 0.05, "staleness_mean": 0.1}
 EVAL_QUESTIONS = 100  # of the demo's recipe (eval.limit)
@@ -71,10 +64,10 @@ def main() -> int:
         calibration = calibrate(*(root / name for name in CALIBRATION))
         rows = [row for name in names for row in compare(root / name, calibration)]
     print(json.dumps({"rates": asdict(calibration.rates), "notes": calibration.notes}))
-    print("| run | others | quantity | measured | predicted | error | holds |\n|---|---|---|---|---|---|---|")
+    print("| run | quantity | measured | predicted | error | holds |\n|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['run']} | {row['others']:.2f} | {row['quantity']} | {row['measured']:.3f} | {row['predicted']:.3f} | "
+            f"| {row['run']} | {row['quantity']} | {row['measured']:.3f} | {row['predicted']:.3f} | "
             f"{row['error']:+.0%} | {'yes' if row['holds'] else '**no**'} |"
         )
     return int(not all(row["holds"] for row in rows))
@@ -102,22 +95,7 @@ def make_run(root: Path, name: str, steps: int) -> None:
     )
     options = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "deploy", "run", "demo", "--quiet", *options]
-    started, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
     subprocess.run(command, check=True, stdout=sys.stderr)
-    others = (_busy_seconds() - busy - _own_seconds() + own) / (time.monotonic() - started)
-    (root / name / OTHERS_FILE).write_text(json.dumps(max(0.0, others)))
-
-
-def _busy_seconds() -> float:
-    """Processor seconds of the whole machine that were not idle."""
-    times = psutil.cpu_times()
-    return sum(times) - times.idle - times.iowait
-
-
-def _own_seconds() -> float:
-    """Processor seconds of our children that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def compare(folder: Path, calibration: Calibration) -> list[dict[str, Any]]:
@@ -126,7 +104,6 @@ def compare(folder: Path, calibration: Calibration) -> list[dict[str, Any]]:
     sequences = EVAL_QUESTIONS * (1 + recipe.eval.samples) if recipe.eval.sets else 0
     workload = replace(calibration.workload, eval_sequences=sequences)
     predicted = simulate(recipe, calibration.rates, workload, steps=SIMULATED_STEPS, warm_up=WARM_UP_STEPS)
-    others = folder / OTHERS_FILE
     rows = []
     for quantity, close in CLOSE_TO_ZERO.items():
         known, found = getattr(measured, quantity), getattr(predicted, quantity)
@@ -134,7 +111,6 @@ def compare(folder: Path, calibration: Calibration) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": folder.name,
-                "others": json.loads(others.read_text()) if others.exists() else float("nan"),
                 "quantity": quantity,
                 "measured": known,
                 "predicted": found,

@@ -15,7 +15,7 @@ from deploy.planning.rates import Rates
 from deploy.planning.simulate import Outcome, simulate
 from deploy.planning.workload import Workload
 
-CLOSE = 0.02  # of the fastest step
+CLOSE = 0.03  # of the fastest step
 TRIED = 7  # splits simulated for one number of GPUs, before the smaller ones
 STEPS, WARM_UP = 14, 4  # simulated for each candidate, beside the versions that may be in flight
 
