@@ -70,6 +70,7 @@ class Shipper:
         self._run: MlflowRun | None = None
         self._tables = Tables()
         self._last: Record | None = None  # that was delivered
+        self._size = BATCH  # records sent at a time
 
     @property
     def run_id(self) -> str | None:
@@ -96,7 +97,7 @@ class Shipper:
         batch: list[Record] = []
         for record in read_spool(self.spool, self._delivery.offset):
             batch.append(record)
-            if len(batch) >= BATCH:
+            if len(batch) >= self._size:
                 self._send(run, batch)
                 batch = []
         self._send(run, batch)
@@ -164,8 +165,14 @@ class Shipper:
         return (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.experiment).as_uri()
 
     def _send(self, run: MlflowRun, batch: Sequence[Record]) -> None:
+        """Send a batch; one that a slow server did not take in time is sent in halves the next time."""
         if not batch:
             return
+        size, self._size = self._size, max(1, self._size // 2)
+        self._send_whole(run, batch)
+        self._size = min(BATCH, 2 * size)
+
+    def _send_whole(self, run: MlflowRun, batch: Sequence[Record]) -> None:
         run.log_metrics([metric for record in batch for metric in _metrics(record)])
         for record in batch:
             if record.kind == "run":

@@ -13,7 +13,7 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
-START_S = 120.0
+START_S = 240.0
 
 
 def free_port() -> int:

@@ -166,6 +166,27 @@ def test_an_outage_keeps_points_and_is_said(
     assert (after["points_behind"], after["seconds_behind"], after["error"]) == (0, 0.0, None)
 
 
+def test_a_slow_store_gets_less_at_a_time(
+    tmp_path: Path, store: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that always takes too long would otherwise be sent again for ever."""
+    monkeypatch.setattr(sh, "RETRY_S", 0.001)
+    for step in range(30):
+        spool.append("learner", step, {"reward": step / 4})
+    spool.append("end", 30, {"status": "finished"})
+    send = MlflowRun.log_metrics
+
+    def slow(run: MlflowRun, metrics: list) -> None:
+        if len(metrics) > 4:
+            raise TimeoutError("read timed out")
+        send(run, metrics)
+
+    monkeypatch.setattr(MlflowRun, "log_metrics", slow)
+    one = shipper(tmp_path, store)
+    assert sh.ship_until_end(one, lambda end: [])
+    assert history(store, one.run_id, "learner/reward") == [(step, step / 4) for step in range(30)]
+
+
 def test_a_store_that_never_answers_is_given_up_after_the_end(
     tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

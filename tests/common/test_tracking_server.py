@@ -31,7 +31,7 @@ from tests.scripted.learner import ScriptedLearner
 
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 
 
 @pytest.fixture
@@ -77,13 +77,13 @@ class ScriptedRun:
         until(lambda: self.steps() >= goal, "the run goes on")
 
     def caught_up(self) -> bool:
-        tracking = ask_status(self.address, None)["tracking"]
+        tracking = ask_status(self.address, None, timeout_s=60.0)["tracking"]
         return tracking["error"] is None and tracking["seconds_behind"] < 3
 
     def says_behind(self, monkeypatch: pytest.MonkeyPatch) -> bool:
         """What a person sees, on the screen and in line mode."""
         monkeypatch.setattr(screens, "BEHIND_SHOWN_S", 1.0)
-        status = ask_status(self.address, None)
+        status = ask_status(self.address, None, timeout_s=60.0)
         console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
         console.print(screens.screen(status, title="t"))
         if "MLflow is" not in console.export_text():
@@ -94,7 +94,7 @@ class ScriptedRun:
 
 @contextmanager
 def running(recipe: Recipe, tracker: list[str], step_s: float) -> Iterator[ScriptedRun]:
-    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
+    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
     with running_broker(recipe) as address:
         peers = [
             ScriptedActor(address, "actor-0", group_s=0.001),

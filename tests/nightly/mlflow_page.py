@@ -32,7 +32,7 @@ from common.tracking.tags import run_tags
 from deploy.folder import RECIPE_FILE, read_recipe
 from tests.common.mlflow_server import MlflowServer
 
-WAIT_S = 90.0
+WAIT_S = 180.0
 WIDTH, HEIGHT = 1300, 2060
 SHOWN = {
     "actor": ("accuracy", "length", "groups_equal_reward"),

@@ -45,7 +45,8 @@ def test_the_groups_are_sections_of_the_page(tmp_path: Path) -> None:
         page.until("document.querySelectorAll('svg.main-svg').length > 2", "drawn charts")
         found = sections(page)
         picture = Image.open(io.BytesIO(page.picture()))
-    assert {"actor", "broker", "learner", "eval", "eval/held"} <= set(found)
+    assert {"actor", "broker", "learner", "eval"} <= set(found)
+    assert any(name.startswith("eval/held") for name in found), "a section for each set"
     assert all(name.split("/")[0] in ("actor", "broker", "learner", "eval") for name in found)
     assert found["actor"] > 10
     assert found["broker"] > 10
