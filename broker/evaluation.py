@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.evaluation.report import short_name
 from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
 from common.tracking.catalogue import plain
 
@@ -176,9 +177,17 @@ def metrics_of(rows: Iterable[EvalRow]) -> dict[str, float]:
         by_set[row.set].append(row)
     everything = [row for group in by_set.values() for row in group]
     metrics = _shares(everything)
+    names = _names(by_set)
     for name, group in sorted(by_set.items()):
-        metrics.update({f"{plain(name)}/{key}": value for key, value in _shares(group).items()})
+        metrics.update({f"{names[name]}/{key}": value for key, value in _shares(group).items()})
     return metrics
+
+
+def _names(sets: Iterable[str]) -> dict[str, str]:
+    """Short names of sets for metrics; where two would be equal, the whole ones."""
+    short = {name: short_name(name) for name in sets}
+    uses = Counter(short.values())
+    return {name: found if uses[found] == 1 else plain(name) for name, found in short.items()}
 
 
 def _shares(rows: Sequence[EvalRow]) -> dict[str, float]:

@@ -118,7 +118,11 @@ def test_the_metrics_have_their_denominators() -> None:
     assert metrics["length_correct"] == 2
     assert metrics["length_incorrect"] == 8
     assert metrics["a/pass1"] == 0.5
-    assert metrics["b_c/pass1"] == 0.0
+    assert metrics["c/pass1"] == 0.0, "a set is called by the last part of its name"
+    both = metrics_of(
+        [msgspec.structs.replace(row, set=name) for row, name in zip(rows, ("x/c", "b/c"), strict=True)]
+    )
+    assert {"x_c/pass1", "b_c/pass1"} <= set(both), "two of the same name keep their whole names"
 
 
 def test_a_whole_run_evaluates_first_between_and_last(tmp_path: Path) -> None:
