@@ -136,14 +136,19 @@ def build_model(
 
 
 def measure(settings: Sequence[str]) -> dict[str, float]:
-    """Peaks of the learner's and the actor's processes in MiB, over one run of the demo with these settings."""
+    """Peaks of the learner's and the actor's processes in MiB, over one run of the demo with these settings.
+
+    Processes are read one after another: a fork in between counts its pages twice. A peak is what two samples in a row
+    have seen.
+    """
     options = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "deploy", "run", "demo", "--quiet", *options]
     launcher = subprocess.Popen(command, stdout=sys.stderr, cwd=REPOSITORY)
-    peaks = {"learner": 0.0, "actor": 0.0}
+    peaks, before = {"learner": 0.0, "actor": 0.0}, {"learner": 0.0, "actor": 0.0}
     while launcher.poll() is None:
         for name in peaks:
-            peaks[name] = max(peaks[name], sum(map(held, _family(launcher.pid, name))))
+            now = sum(map(held, _family(launcher.pid, name)))
+            peaks[name], before[name] = max(peaks[name], min(now, before[name])), now
         time.sleep(PERIOD_S)
     if launcher.returncode:
         raise SystemExit(f"the run failed with exit code {launcher.returncode}")
