@@ -233,7 +233,10 @@ class Ledger(Books):
         wanted = self.rules.groups_per_step
         if len(self._ready) < wanted or self.next_step > self.last_step:
             return None
-        by_deadline = sorted(self._ready.values(), key=lambda group: (self._deadline(group), group.order))
+        # The oldest token has the earliest deadline; then the order of the questions.
+        by_deadline = sorted(
+            self._ready.values(), key=lambda group: (group.oldest, group.key.epoch, group.position)
+        )
         chosen = by_deadline[:wanted]
         left = self._due - Counter(self._deadline(group) for group in chosen)
         in_flight = Counter(self._deadline(group) for group in self._leased.values())

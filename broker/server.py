@@ -84,15 +84,25 @@ class Server:
         """Take in what has arrived, up to a round's share; returns its bytes."""
         size = 0
         for _ in range(ROUND_MESSAGES):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            frames = self._next_message()
+            if frames is None:
                 break
             size += sum(len(frame) for frame in frames)
             self._service.receive(bytes(frames[0]), frames[1:], now)
             if size > ROUND_BYTES:
                 break
         return size
+
+    def _next_message(self) -> list[zmq.Frame] | None:
+        """What `recv_multipart` does, without a socket option asked for after each frame."""
+        receive = self._socket.recv
+        try:
+            frames = [receive(LAST, copy=False)]
+        except zmq.Again:
+            return None
+        while frames[-1].more:
+            frames.append(receive(LAST, copy=False))
+        return frames
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
