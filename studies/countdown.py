@@ -84,7 +84,8 @@ class Countdown(Study):
         "The first half of the finding is there, earlier than the check looks: length falls from 16.5 to 13.5 tokens "
         "within ten steps, while the form is learnt, but the check's start is the mean of the first twelve steps. "
         "The second half is not: reward goes on rising and length does not. Probable reason: with two numbers and "
-        "three operations the policy learns to pick the right combination at once and needs no search."
+        "three operations the policy learns to pick the right combination at once and needs no search. (The minutes "
+        "above are wall-clock on a crowded machine, summed over two processes; CPU time was 3.8 minutes.)"
     )
 
     def units(self, setting: Setting) -> list[Unit]:

@@ -40,10 +40,11 @@ def run_curve(
 
 def units_of(setting: Setting, runs: Iterable[Mapping[str, Any]]) -> list[Unit]:
     """One unit for each seed and run; the values that tell runs apart, and the seed, name it."""
+    each = list(runs)
     return [
         Unit("/".join([*map(str, names.values()), f"seed-{seed}"]), {**names, "seed": seed})
         for seed in setting.seeds
-        for names in runs
+        for names in each
     ]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TEMPLATES = ("no", "qwen_math", "r1")
 SETS = ("orz", "math", "gsm8k", "asdiv")
 MODEL = "qwen-math-r1"
+_KINDS = ", ".join(f"{name} (kinds of question: {len(parts)})" for name, parts in PARTS.items())
 TITLES = {"no": "no template", "qwen_math": "Qwen-Math template", "r1": "R1 template"}
 _SHORT = {"qwen_math": "qwen"}  # in the names of the recipes
 
@@ -46,9 +47,10 @@ class Duet(Study):
         "easy GSM8K does as well as MATH."
     )
     miniature = (
-        "The qwen-math model of the zoo, Dr. GRPO, 40 steps for each of 3 templates x 4 question sets from broad "
-        f"(orz) to narrow (asdiv): {', '.join(f'{name}: {len(parts)} kinds' for name, parts in PARTS.items())}. "
-        "Accuracy on held-out questions of all kinds."
+        "The qwen-math model with 0.7 % of dialogues in R1's form (without any it never earned a reward under that "
+        "template; with them 0.06 to 0.39 in 16 steps of GRPO), Dr. GRPO, 30 steps for each of 3 templates x 4 "
+        f"question sets from broad to narrow: {_KINDS}. "
+        "Accuracy on held-out questions of all kinds. Step size and batch were chosen as in `dr-grpo`."
     )
     expectations = (
         Expectation(

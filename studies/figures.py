@@ -84,8 +84,9 @@ def band(axis: Any, rows: Sequence[Row], x: str, y: str, *, smooth: int = 1, **s
 def whiskers(values: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
     """(means, [below, above]) of groups of values: bars with the range over seeds as matplotlib's `yerr`."""
     means = [sum(group) / len(group) for group in values]
-    below = [mean - min(group) for mean, group in zip(means, values, strict=True)]
-    above = [max(group) - mean for mean, group in zip(means, values, strict=True)]
+    # Not below 0: the mean of equal values may differ from them in its last bit.
+    below = [max(0.0, mean - min(group)) for mean, group in zip(means, values, strict=True)]
+    above = [max(0.0, max(group) - mean) for mean, group in zip(means, values, strict=True)]
     return means, [below, above]
 
 

@@ -32,6 +32,7 @@ the other, *unclear* otherwise, and always with fewer than three repetitions. A 
 are, and not confirmed if one is refuted. *After the run* says what was tried and the probable reason where a
 miniature did not confirm. What a miniature shows, it shows of the miniature. Base models are made
 first, about a minute of one core each, and kept in `studies/out/zoo` for all studies; the minutes below are without.
+Minutes are of one core, an upper bound where others used the machine.
 In the figures lines are means over seeds, bands one standard deviation, whiskers the range over seeds.
 
 With `--full`, `templates`, `exploration` and `reflection` also analyse a model behind an OpenAI-compatible server:

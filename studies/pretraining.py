@@ -39,7 +39,10 @@ class Pretraining(Study):
     )
     miniature = (
         "A chain of three base models: running text (llama), then mathematical text (finemath), then concatenated "
-        "question-answer text (numina); Dr. GRPO under R1's template, 40 steps, and GRPO on the last base."
+        "question-answer text (numina); Dr. GRPO under R1's template, 40 steps of 16 questions x 8 responses, and "
+        "GRPO on the last base. Settings were chosen as in `dr-grpo`, on reward alone. Without any dialogue in R1's "
+        "form in its last text, numina never earned a reward in 24 steps; a share of 0.5 % is enough (0.18 to 0.41 in "
+        "16 steps of GRPO)."
     )
     expectations = (
         Expectation(
@@ -72,6 +75,13 @@ class Pretraining(Study):
             claim(lambda rows: _score(rows, "numina") - _score(rows, "numina", algorithm="grpo")),
             -0.05,
         ),
+    )
+
+    remark = (
+        "The order of the ceilings is there: reward of plain llama stands still (0.12 to 0.13), numina more than "
+        "doubles its accuracy. It does not start lowest: even 0.5 % of dialogues in R1's form "
+        " are enough for a parent that knew the form. Length does not move with either objective: the "
+        "probable reasons are those of `dr-grpo`."
     )
 
     def models(self, setting: Setting) -> list[tuple[str, int]]:

@@ -61,7 +61,7 @@ class Staleness(Study):
     paper = "The paper's runs are synchronous; whether asynchronous ones learn as well is ours to show."
     miniature = (
         "The qwen-math model, Dr. GRPO, 32 steps, every batch trained exactly 0, 1, 2, 4, 8 or 16 versions after "
-        "it was sampled; six corrections at 16. Wall-clock: the demo's pipeline for 20 steps, max_staleness 0 and 2."
+        "it was sampled; six corrections at 16. Step size as in `dr-grpo`. Wall-clock: the demo's pipeline for 20 steps, max_staleness 0 and 2."
     )
     expectations = (
         Expectation(

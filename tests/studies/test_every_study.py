@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from common.recipe import find_recipe
+from common.recipe import load_recipe
 from studies import STUDIES, find_study
 from studies.runner import run_study
 from studies.study import Budget, Setting
 from studies.verdict import Outcome
+
+TRAINED = ("dr-grpo", "duet", "pretraining", "leaderboard", "staleness", "countdown")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,21 @@ def test_full_size_has_units_of_known_recipes(name: str, tmp_path: Path) -> None
     assert study.default_seeds >= 3 or name == "length-bias"
 
 
-def test_recipes_of_full_size_runs_exist() -> None:
-    from studies import countdown, dr_grpo, duet, leaderboard
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_full_size_run_resolves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every unit of `--full` starts a shipped recipe with settings that the recipe takes."""
+    started: set[str] = set()
 
-    names = [*dr_grpo.RECIPES.values(), *leaderboard.RECIPES.values(), countdown.RECIPE, "paper-1.5b-qwen"]
-    names += [f"duet-{duet._SHORT.get(t, t)}-{s}" for t in duet.TEMPLATES for s in duet.SETS]
-    for name in names:
-        assert find_recipe(name).is_file()
+    def resolve(recipe: str, run: str, root: Path, settings: dict) -> list:
+        loaded = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+        assert loaded.run.seed == settings["run.seed"]
+        assert run not in started
+        started.add(run)
+        return []
+
+    monkeypatch.setattr("studies.curves.run_recipe", resolve)
+    monkeypatch.setattr("studies.staleness.run_recipe", resolve)
+    study, setting = find_study(name), Setting(Budget.FULL, (3,), tmp_path, tmp_path)
+    units = study.units(setting)
+    assert all(study.run(unit, setting) == [] for unit in units)
+    assert len(started) == len(units)

@@ -54,20 +54,3 @@ def test_a_failed_run_stops_the_study(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RunFailedError, match="fig8-grpo.*exit code 4"):
         pipeline.run_recipe("fig8-grpo", "r", tmp_path, {})
-
-
-@pytest.mark.parametrize(
-    ("recipe", "settings"),
-    [
-        ("fig8-wo-std", {"run.seed": 1}),
-        ("paper-3b-numinaqa", {"model.path": "a/b", "algorithm.preset": "grpo"}),
-        ("paper-1.5b-qwen", {"batch.max_staleness": 16, "algorithm.preset": "dr_grpo_m2po"}),
-        ("countdown", {"data.train": "x.jsonl"}),
-        ("demo", {"batch.max_staleness": 0, "eval.sets": [], "run.steps": 30}),
-    ],
-)
-def test_recipes_take_the_settings_of_the_studies(recipe: str, settings: dict) -> None:
-    from common.recipe import load_recipe
-
-    loaded = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    assert loaded.run.steps > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from common.recipe import load_recipe
 from common.tasks.countdown import reward
 from common.tasks.templates import get_template
 from common.tracking.spool import Spool, read_spool
@@ -19,8 +21,8 @@ from studies.curves import at_end, at_start, score, small_run, units_of
 from studies.pipeline import rows_of
 from studies.questions import PARTS, held_out, training_set
 from studies.samplers import cut
-from studies.staleness import CORRECTIONS
-from studies.study import Budget, Setting
+from studies.staleness import CLOCKS, CORRECTIONS, Staleness
+from studies.study import Budget, Setting, Unit
 from studies.training import Problem, Run, _Loop, train
 
 PROBLEM = Problem("1+1=?", {"answer": "2", "level": 1})
@@ -154,10 +156,23 @@ def test_points_of_a_pipeline_run_become_rows(tmp_path: Path) -> None:
     assert score(rows) == pytest.approx(0.4)  # the unweighted mean over sets
 
 
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_the_pipeline_that_is_timed_takes_its_settings(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(recipe: str, run: str, root: Path, settings: dict) -> list:
+        loaded = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+        assert loaded.batch.max_staleness == CLOCKS[clock]
+        return [{"kind": "train", "step": 0}, {"kind": "clock", "step": loaded.run.steps, "seconds": 1.0}]
+
+    monkeypatch.setattr("studies.staleness.run_recipe", resolve)
+    unit = Unit("clock", {"clock": clock, "seed": 2}, alone=True)
+    (row,) = Staleness().run(unit, Setting(Budget.MINIATURE, (2,), Path("out"), Path("zoo")))
+    assert (row["clock"], row["seed"], row["seconds"]) == (clock, 2, 1.0)
+    assert row["step"] > 0
+
+
 def test_units_are_named_by_what_tells_runs_apart(tmp_path: Path) -> None:
-    units = units_of(
-        Setting(Budget.MINIATURE, (0, 3), tmp_path, tmp_path), [{"a": "x", "b": 2}, {"a": "y", "b": 2}]
-    )
+    runs = ({"a": name, "b": 2} for name in "xy")  # read once, and needed for each seed
+    units = units_of(Setting(Budget.MINIATURE, (0, 3), tmp_path, tmp_path), runs)
     assert [unit.key for unit in units] == ["x/2/seed-0", "y/2/seed-0", "x/2/seed-3", "y/2/seed-3"]
     assert units[-1].arguments == {"a": "y", "b": 2, "seed": 3}
 
