@@ -1,7 +1,8 @@
 """Peak memory of a recipe, predicted from the model's sizes.
 
-Invariant: every term has a name and a formula, so that a wrong prediction shows which term is wrong; no term is a
-factor fitted to one model. All figures are bytes. Parameter counts come from `common.model_files.ModelShape`.
+Invariant: every term has a name and a formula in the model's sizes, so that a wrong prediction shows which term is
+wrong. The counts in them (numbers kept, copies made) were settled on models of 0.6, 11 and 24 M parameters. All figures
+are bytes. Parameter counts come from `common.model_files.ModelShape`.
 
 The formulas follow what DeepSpeed 0.19.8 and vLLM 0.32 allocate; `python -m benchmarks.memory` compares them with
 the peaks of the real processes (docs/planning.md). On a GPU the same formulas hold with other constants, which
