@@ -23,6 +23,7 @@ import numpy as np
 
 from actors.failure import EngineErrors
 from actors.weights import WEIGHT_WORKER_EXTENSION
+from actors.weights.versions import labels_tokens
 from common.errors import RunFailedError, SlipstreamError
 from common.recipe import Recipe
 
@@ -30,6 +31,9 @@ log = logging.getLogger("slipstream.actor.engine")
 
 CPU_KV_CACHE_MB = 1024
 CPU_BLOCK_TOKENS = 32  # vLLM takes 128 on the CPU: longer than many prompts, which then share nothing
+# Not where vLLM schedules asynchronously, as it does on GPUs: never tried there. Nor on a vLLM whose tokens are
+# labelled by counting those that have arrived.
+KEEPING_SCHEDULER = "actors.scheduler.KeepingScheduler"
 LIVENESS_S = 0.5
 
 
@@ -149,7 +153,10 @@ class Engine:
 
     @property
     def kv_use(self) -> float:
-        """Share of the KV cache that running sequences fill, 0..1; a prompt that samples share counts for each."""
+        """Share of the KV cache that running sequences fill, 0..1; a prompt that samples share counts for each.
+
+        A few steps old: see `actors.scheduler`.
+        """
         states = self.llm.output_processor.request_states.values()
         made = [(state.prompt_len, state.detokenizer.num_output_tokens()) for state in states]
         tokens = sum(prompt + new for prompt, new in made if new)  # those without a token still wait
@@ -221,7 +228,7 @@ class Engine:
 
 
 def for_this_device(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Executor everywhere; on the CPU also KV cache size, block size and no compilation."""
+    """Executor everywhere; on the CPU also KV cache size, block size, scheduler and no compilation."""
     from vllm.platforms import current_platform
 
     from actors.executors import ManyWorkersExecutor, OneWorkerExecutor
@@ -232,6 +239,8 @@ def for_this_device(arguments: dict[str, Any]) -> dict[str, Any]:
         filled.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_MB << 20)
         filled.setdefault("block_size", CPU_BLOCK_TOKENS)
         filled["enforce_eager"] = True  # compiling takes half a minute
+        if labels_tokens():
+            filled.setdefault("scheduler_cls", KEEPING_SCHEDULER)
     return filled
 
 

@@ -35,7 +35,7 @@ class TokenVersions:
 
     def __init__(self, engine: Any, initial: int) -> None:
         self._engine = engine
-        self.native = _labels_tokens()
+        self.native = labels_tokens()
         self.current = initial
         self._starts: dict[str, list[tuple[int, int]]] = {}  # per request: (version, first token)
 
@@ -72,7 +72,7 @@ class TokenVersions:
         await asyncio.sleep(_SETTLE_S)
 
 
-def _labels_tokens() -> bool:
+def labels_tokens() -> bool:
     """Whether this vLLM records the version of every token. Where there is an engine, vLLM is imported."""
     outputs = sys.modules.get("vllm.outputs")
     return "weight_versions" in getattr(

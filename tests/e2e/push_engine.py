@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from actors.weights import WEIGHT_WORKER_EXTENSION, VersionSpan
+from actors.weights.versions import labels_tokens
 
 VOCABULARY = 128
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -45,6 +46,8 @@ async def running_engine(folder: Path, *, tensor_parallel: int = 1, **extra: obj
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from actors.engine import KEEPING_SCHEDULER
+
     arguments = {
         "model": str(folder),
         "skip_tokenizer_init": True,
@@ -56,6 +59,7 @@ async def running_engine(folder: Path, *, tensor_parallel: int = 1, **extra: obj
         "logprobs_mode": "processed_logprobs",
         "tensor_parallel_size": tensor_parallel,
         "disable_log_stats": True,
+        **({"scheduler_cls": KEEPING_SCHEDULER} if labels_tokens() else {}),  # as in an actor
     } | extra
     if tensor_parallel == 1:
         arguments["distributed_executor_backend"] = UNIPROC
@@ -94,9 +98,15 @@ async def respond(
 ) -> Response:
     """Samples exactly `length` tokens, as an actor does (`salted` = False: without the cache salt)."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     parameters = SamplingParams(
-        temperature=temperature, max_tokens=length, ignore_eos=True, logprobs=0, detokenize=False
+        temperature=temperature,
+        max_tokens=length,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
     text: dict = {"prompt_token_ids": list(prompt)}
     if receiver is not None:
