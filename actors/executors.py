@@ -18,7 +18,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from actors.failure import keep_errors
 from common import stacks
-from common.process import die_with_parent
+from common.process import ENGINE_CORES_VARIABLE, die_with_parent, use_cores
 
 ACTOR_PID_VARIABLE = "SLIPSTREAM_ACTOR_PID"
 
@@ -32,6 +32,8 @@ def bind_to_actor() -> None:
     if actor is not None and os.getppid() != int(actor):
         os._exit(1)  # the actor died before the tie was made
     os.setpgid(0, 0)
+    if cores := os.environ.get(ENGINE_CORES_VARIABLE):
+        use_cores(map(int, cores.split(",")))
     stacks.arm()
 
 

@@ -1,8 +1,12 @@
 """Who gets which cores and GPUs of one machine.
 
-Invariant: on CPU every learner rank and every actor has its own cores, never shared with another of them
+Invariant: on CPU every learner rank and every engine has its own cores, never shared with another of them
 (two busy cores with three busy threads were seen to run several times slower); on GPUs nobody's memory is
 counted twice, except where the recipe shares one GPU on purpose. Pure functions: the machine is an argument.
+
+What else an actor does (front end, verification) needs a part of a core now and then. Where learner and engines
+have one thread each, so that no thread waits for another at a barrier, it may run on any of the cores, and the
+kernel puts it where something is idle; elsewhere it stays on the engine's cores.
 """
 
 from __future__ import annotations
@@ -10,21 +14,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.process import ENGINE_CORES_VARIABLE
 from common.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part: `cores` to run on (None: any), OMP `threads`, `gpus` (empty: none)."""
+    """One process's part of the machine.
+
+    Attributes:
+        cores: of its own (None: any).
+        threads: OMP threads.
+        gpus: indices or UUIDs (empty: none).
+        roaming: of an actor: cores on which all but its engine may run (None: `cores`).
+    """
 
     cores: tuple[int, ...] | None
     threads: int
     gpus: tuple[str, ...] = ()
+    roaming: tuple[int, ...] | None = None
 
     def environment(self) -> dict[str, str]:
         """Environment variables that make a process keep to its part."""
         variables = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        if self.roaming is not None and self.cores is not None:
+            variables[ENGINE_CORES_VARIABLE] = ",".join(map(str, self.cores))
         return variables
 
 
@@ -100,8 +115,10 @@ def _on_cores(recipe: Recipe, cores: list[int]) -> Layout:
         return Layout("cpu", Share(None, 1), Share(None, 1), (Share(None, 1),) * count)
     learner = Share(tuple(cores[: per_rank * ranks]), per_rank)
     rest = cores[per_rank * ranks :]
+    threads = recipe.actor.threads or per_actor
+    roaming = tuple(cores[:asked]) if per_rank == threads == 1 else None
     actors = tuple(
-        Share(tuple(rest[i * per_actor : (i + 1) * per_actor]), recipe.actor.threads or per_actor)
+        Share(tuple(rest[i * per_actor : (i + 1) * per_actor]), threads, roaming=roaming)
         for i in range(count)
     )
     return Layout("cpu", Share(None, 1), learner, actors)

@@ -116,7 +116,7 @@ class Supervisor:
             self._spawn(worker, worker.again)
 
     def _spawn(self, worker: Worker, command: list[str]) -> None:
-        cores = worker.share.cores
+        cores = worker.share.roaming or worker.share.cores
 
         def prepare() -> None:
             die_with_parent()

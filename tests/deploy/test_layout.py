@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.process import ENGINE_CORES_VARIABLE
 from common.recipe import Recipe
 from deploy.launch.layout import share_out
 
@@ -31,6 +32,18 @@ def test_no_core_is_given_out_twice(cores: int, ranks: int, count: int) -> None:
     assert len(layout.actors) == count
     if cores >= ranks + count:
         assert all(share.cores for share in (layout.learner, *layout.actors))
+
+
+def test_all_but_the_engine_roams_where_no_thread_waits_for_another() -> None:
+    alone = share_out(recipe(), [4, 5], []).actors[0]
+    assert (alone.cores, alone.roaming) == ((5,), (4, 5))
+    assert alone.environment()[ENGINE_CORES_VARIABLE] == "5"
+    teams = share_out(recipe(), [0, 1, 2, 3], [])
+    assert teams.learner.threads == teams.actors[0].threads == 2
+    assert teams.actors[0].roaming is None
+    assert ENGINE_CORES_VARIABLE not in teams.actors[0].environment()
+    crowded = share_out(recipe(actor={"count": 4}), [0, 1], [])
+    assert all(share.roaming is None for share in (crowded.learner, *crowded.actors))
 
 
 def test_gpus_are_split_between_learner_and_actors() -> None:
