@@ -81,6 +81,7 @@ class Actor:
 
     def _committed(self, version: int) -> None:
         self._policy.committed(version, self._weights.origin or "")
+        self._heart.soon()  # a lease request that waits at the broker becomes one of the new version
 
     async def live(self) -> Way:
         """Roll out until told to leave; returns the way it left: "drain" or "stop"."""

@@ -11,6 +11,7 @@ import asyncio
 import faulthandler
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from common.messages import Heartbeat, Pulse
 from common.stacks import StackAnswers, of_tasks
@@ -23,7 +24,7 @@ STALLED_S = 900.0  # an engine that finishes no group for so long, and waits for
 
 
 class Heart:
-    """Sends a heartbeat every `interval_s` seconds.
+    """Sends a heartbeat every `interval_s` seconds, and at once after `soon`.
 
     Args:
         wire: connection to the broker.
@@ -49,6 +50,7 @@ class Heart:
         self._blocked_s = blocked_s
         self._stacks = StackAnswers()
         self._answering: asyncio.Task[None] | None = None
+        self._soon = asyncio.Event()
 
     async def beat(self) -> None:
         """Beat until cancelled.
@@ -61,9 +63,15 @@ class Heart:
                 faulthandler.dump_traceback_later(self._blocked_s, repeat=True)
                 await self._beat_once()
                 self._watchdog.beat()
-                await asyncio.sleep(self._interval_s)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._soon.wait(), self._interval_s)
+                self._soon.clear()
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def soon(self) -> None:
+        """Something has changed that the broker should not learn an interval later; on the event loop only."""
+        self._soon.set()
 
     async def _beat_once(self) -> None:
         beat = self._describe()

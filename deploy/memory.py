@@ -137,7 +137,7 @@ def on_device(recipe: Recipe) -> bool:
 
 
 def _snapshots(recipe: Recipe, shape: ModelShape, device: Device) -> float:
-    if device == "gpu" and not on_device(recipe):
+    if device == "gpu" and not (on_device(recipe) and recipe.weights.snapshots == "device"):
         return 0.0
     adapter = recipe.lora is not None and recipe.lora.push == "adapter"
     pushed = trained_parameters(recipe, shape) if adapter else shape.parameters

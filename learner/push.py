@@ -45,7 +45,9 @@ class WeightPush:
         self._recipe, self._ranks = recipe, ranks
         route = route_of(recipe, ranks)
         on_device = route in ("nccl", "ipc")
-        self._device = ranks.device if on_device else "cpu"
+        device = ranks.device if on_device else "cpu"
+        self._pinned = route == "nccl" and recipe.weights.snapshots == "host"
+        self._kept_on = "cpu" if self._pinned else device
         self._publisher: Publisher | None = None
         self._absent: set[str] = set()
         if ranks.leads:
@@ -54,7 +56,7 @@ class WeightPush:
                 recipe.weights.port,
                 run_id=run,
                 route=route,
-                device=self._device,
+                device=device,
                 bucket_bytes=recipe.weights.bucket_mb * MIB,
                 deadline_s=recipe.weights.deadline_s,
                 degree=recipe.weights.degree,
@@ -83,7 +85,8 @@ class WeightPush:
             engine.deepspeed,
             dtype=DTYPES[self._recipe.model.dtype],
             bucket_bytes=self._recipe.weights.bucket_mb * MIB,
-            device=self._device,
+            device=self._kept_on,
+            pinned=self._pinned,
             adapters_only=lora is not None and lora.push == "adapter",
         )
         if self._publisher is not None and snapshot is not None:

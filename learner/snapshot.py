@@ -41,6 +41,7 @@ def take_snapshot(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     device: torch.device | str = "cpu",
     adapters_only: bool = False,
+    pinned: bool = False,
 ) -> Snapshot | None:
     """Copies the policy on rank 0; collective, all ranks must call it (ZeRO-3 gathers on every rank).
 
@@ -49,6 +50,7 @@ def take_snapshot(
         dtype: floating-point parameters are converted to it on the way; None keeps theirs.
         bucket_bytes: payload of a bucket, in bytes as sent.
         device: where the copy lives.
+        pinned: see `SnapshotBuilder`.
         adapters_only: send the LoRA adapter alone, for an engine that serves it as a LoRA.
 
     Returns:
@@ -60,7 +62,7 @@ def take_snapshot(
     model = policy_of(engine_or_module)
     parts = list(adapter_parts(model) if adapters_only else full_parts(model))
     manifest = _manifest(model, parts, dtype, adapters_only=adapters_only)
-    builder = SnapshotBuilder(manifest, bucket_bytes, device)
+    builder = SnapshotBuilder(manifest, bucket_bytes, device, pinned=pinned)
     by_name = {part.name: part for part in parts}
     keeps = not dist.is_initialized() or dist.get_rank() == 0
     for bucket in builder.layout:

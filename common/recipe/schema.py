@@ -345,6 +345,11 @@ class WeightsSection(Section):
         0, le=65535, description="Port of the weights rendezvous; 0 picks a free one."
     )
     bucket_mb: PositiveInt = Field(256, description="Size of a packed bucket in MiB.")
+    snapshots: Literal["device", "host"] = Field(
+        "device",
+        description="Where the learner keeps the (at most two) versions that it sends over nccl: `host` frees twice "
+        "the model's size on rank 0's GPU and costs a copy over the bus, once per step and once per link.",
+    )
     deadline_s: PositiveFloat = Field(30.0, description="Seconds that any wait of a link may last.")
     degree: PositiveInt = Field(
         4, description="Links that the learner serves itself; further actors are fed by actors."

@@ -112,6 +112,7 @@ class SnapshotBuilder:
         manifest: what will be filled in, with the dtypes to send.
         bucket_bytes: upper bound of a bucket's payload (a larger tensor gets its own bucket).
         device: where the copy lives: "cpu" for gloo, disk and shared memory, a GPU for NCCL and CUDA IPC.
+        pinned: host memory that a GPU copies to and from at full speed.
     """
 
     def __init__(
@@ -119,9 +120,12 @@ class SnapshotBuilder:
         manifest: Manifest,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         device: torch.device | str = "cpu",
+        *,
+        pinned: bool = False,
     ) -> None:
         self.manifest = manifest
         self.bucket_bytes = bucket_bytes
+        self._pinned = pinned
         self.layout = plan_buckets(manifest, bucket_bytes)
         self._buffers: list[torch.Tensor] = []
         self._device = torch.device(device)
@@ -131,7 +135,7 @@ class SnapshotBuilder:
         """Copies (and converts) the tensors of `bucket`, which must be the next one in order."""
         if bucket.index != len(self._buffers):
             raise ValueError(f"bucket {bucket.index} filled out of order")
-        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
         for slot in bucket.slots:
             source = sources[slot.spec.name]
             if tuple(source.shape) != slot.spec.shape:

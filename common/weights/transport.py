@@ -83,7 +83,7 @@ class BufferPool:
 def send_buckets(
     group: Group, layout: list[Bucket], bucket_of: Callable[[int], torch.Tensor], version: int, timeout: float
 ) -> None:
-    """Broadcasts every bucket in order from rank 0.
+    """Broadcasts every bucket in order from rank 0; one that is kept in host memory is brought to the device first.
 
     When the snapshot is released under way, one more bucket says so and the link stays usable.
 
@@ -99,7 +99,7 @@ def send_buckets(
             write_footer(notice, version, bucket, superseded=True)
             group.broadcast(notice, timeout)
             raise
-        group.broadcast(buffer, timeout)
+        group.broadcast(buffer.to(group.device, non_blocking=True), timeout)
 
 
 def receive_buckets(

@@ -156,6 +156,28 @@ class TestHeart:
         assert len(pulses) == 2
         assert "work in hand is kept" in caplog.text
 
+    def test_beats_at_once_when_something_has_changed(self):
+        beats: list[Heartbeat] = []
+
+        class Wire:
+            async def request(self, message, **_):
+                beats.append(message)
+                return Reply(Pulse(step=1, version=1, era=0, weights=None, command="run"), [])
+
+        async def on_pulse(_):
+            pass
+
+        async def twice():
+            heart = Heart(Wire(), 1e6, lambda: Heartbeat(state="generating", version=len(beats)), on_pulse)
+            task = asyncio.create_task(heart.beat())
+            while len(beats) < 3:
+                await asyncio.sleep(0)
+                heart.soon()
+            task.cancel()
+
+        asyncio.run(asyncio.wait_for(twice(), 30))
+        assert [beat.version for beat in beats][:3] == [0, 1, 2]
+
 
 class TestLeaving:
     def leave(self, script):
