@@ -176,17 +176,18 @@ def stop_run(run: ScriptedRun) -> None:
 
 
 def test_an_address_that_is_wrong_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = a_recipe(tmp_path / "run", "http://127.0.0.1:9", steps=40)
+    recipe = a_recipe(tmp_path / "run", "http://127.0.0.1:9", steps=1000)
     track = f"from pathlib import Path; from deploy.track import track_run; exit(track_run(Path({str(recipe.folder)!r}), 1.0))"
     with running(recipe, ["-c", track], step_s=0.1) as run:
         until(lambda: run.says_behind(monkeypatch), "the display says that MLflow is behind (wrong address)")
+        stop_run(run)
     assert run.tracker.returncode == 1
-    assert run.steps() == 40
-    assert json.loads((recipe.folder / "summary.json").read_text())["status"] == "finished"
+    assert run.steps() > 5
+    assert json.loads((recipe.folder / "summary.json").read_text())["status"] == "stopped"
     assert (recipe.folder / "progress.png").exists()
 
     # The address is corrected afterwards: `slipstream track RUN` delivers everything.
-    right = a_recipe(tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}", steps=40)
+    right = a_recipe(tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}", steps=1000)
     command = [sys.executable, "-m", "deploy", "track", str(right.folder)]
     assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0
     store = MlflowServer(tmp_path)
