@@ -99,6 +99,14 @@ class Staleness(Study):
         ),
     )
 
+    remark = (
+        "Up to a staleness of 4 nothing is lost; at 8 and 16 the reward of these 32 steps is lower, if only because the "
+        "first 9 and 17 of them train on responses of the untrained policy. The claim on corrections is a weak one, as "
+        "the best of six is taken: their mean is 0.005 above none. Those that replace the clip by weights or masks drift "
+        "further from the behaviour policy (KL 0.03 to 0.06, against 0.02) and answer fewer held-out questions (0.50 to "
+        "0.62, against 0.68): at one update per batch the clip is what keeps an old batch from being followed too far."
+    )
+
     def models(self, setting: Setting) -> list[tuple[str, int]]:
         return [(MODEL, 0)]
 
@@ -148,7 +156,9 @@ class Staleness(Study):
         for (key, title), above, below in zip(_DRAWN.items(), axes[:3], axes[3:], strict=True):
             _draw_against_age(above, rows, key)
             _draw_corrections(below, rows, key)
+            above.margins(y=0.1)
             above.set(title=title, xlabel="staleness (versions)", ylim=(0, None))
+            below.set_xlabel(title)
         axes[0].legend(frameon=False, fontsize="x-small")
 
 
