@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from common.recipe import Recipe
+from common.tracking.delivery import tracking_view
 from deploy.report import Summary, read_summary
 from deploy.screen import line, screen
 from deploy.watch import Watcher, ask_to_stop
@@ -64,7 +65,7 @@ class Display:
 
     def _draw(self) -> None:
         status = self._watcher.latest
-        self._say_where(status)
+        self._say_where((status or {}).get("tracking"))
         if self._live is not None:
             self._live.update(screen(status, title=self._title), refresh=True)
         elif status is not None and (status["step"], status["version"]) != self._said_step:
@@ -90,14 +91,17 @@ class Display:
         """Ask the broker for an orderly end."""
         return ask_to_stop(self.folder, self._keys, "stopped by the user")
 
-    def _say_where(self, status: dict[str, Any] | None) -> None:
+    def _say_where(self, tracking: dict[str, Any] | None) -> None:
         """Where MLflow shows the run, once it is known."""
-        tracking = (status or {}).get("tracking")
         if self._said_where or not tracking or not tracking["run"]:
             return
         self._said_where = True
         where = tracking["url"] or f"run {tracking['run']}; mlflow ui --backend-store-uri {tracking['uri']}"
         self.say(f"MLflow: {where}")
+
+    def say_where(self) -> None:
+        """The same at the end: a short run may be over before a status has told it."""
+        self._say_where(tracking_view(self.folder))
 
     def print_summary(self, folder: Path) -> None:
         """The table at the end of a run."""

@@ -160,6 +160,7 @@ def _stop(supervisor: Supervisor, display, interrupts: _Interrupts) -> int:
     while time.monotonic() < deadline and interrupts.count < 2 and not supervisor.wait(0.1):
         pass
     supervisor.end(term_s=TERM_S)
+    display.say_where()
     display.say(f"stopped; continue with: slipstream run {display.folder / 'recipe.toml'} --resume")
     return 130
 
@@ -169,5 +170,6 @@ def _conclude(supervisor: Supervisor, display, folder: Path) -> int:
     if failure is not None:
         sys.stderr.write(f"error: {failure.worker}: {failure.message}\n(more in {failure.log})\n")
         return failure.code if failure.code > 0 else 1
+    display.say_where()
     display.print_summary(folder)
     return 0

@@ -108,8 +108,9 @@ def running(recipe: Recipe, tracker: list[str], step_s: float) -> Iterator[Scrip
             yield ScriptedRun(recipe, address, process)
             process.wait(PATIENCE_S)
         finally:
-            for peer in peers:
+            for peer, thread in zip(peers, threads, strict=True):
                 peer.stop()
+                thread.join(10.0)
             if process.poll() is None:
                 process.kill()
 
