@@ -18,7 +18,9 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
-ENGINE_CORES_VARIABLE = "SLIPSTREAM_ENGINE_CORES"  # "2,3": where an actor's engine runs, if not with the actor
+ENGINE_CORES_VARIABLE = (
+    "SLIPSTREAM_ENGINE_CORES"  # "2,3": where an actor's engine runs, if not with the actor
+)
 
 
 def die_with_parent(sig: int = signal.SIGKILL) -> None:
