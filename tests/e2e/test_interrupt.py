@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 40
+STEPS = 20
 SETTINGS = {
     "run.steps": STEPS,
     "model.path": f"'{REPOSITORY / 'models' / 'minimath-base'}'",
@@ -55,10 +56,9 @@ def step_of(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if '"kind": "learner"' in line), default=-1)
 
 
-def until_tracked_step(folder: Path, step: int, launcher: subprocess.Popen) -> None:
-    """Until the step is done and MLflow knows the run, which a loaded machine may take longer for."""
+def until(happened: Callable[[], bool], folder: Path, launcher: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
-    while step_of(folder) < step or mlflow_run(folder) is None:
+    while not happened():
         assert launcher.poll() is None, (folder.parent / "out.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -79,10 +79,12 @@ def mlflow_run(folder: Path) -> str | None:
 def test_ctrl_c_with_a_stuck_actor_then_resume(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     launcher = start(tmp_path)
-    until_tracked_step(folder, 1, launcher)
+    until(lambda: step_of(folder) >= 1, folder, launcher)
     children = family(launcher.pid)
     stuck = next(child for child in children if "actor-0" in child.cmdline())
-    stuck.send_signal(signal.SIGSTOP)
+    stuck.send_signal(signal.SIGSTOP)  # from here on the run cannot end by itself
+    until(lambda: mlflow_run(folder) is not None, folder, launcher)
+    children = family(launcher.pid)
     asked = time.monotonic()
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(30) == 130, (tmp_path / "out.txt").read_text()
