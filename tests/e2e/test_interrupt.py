@@ -64,6 +64,10 @@ def until(happened: Callable[[], bool], folder: Path, launcher: subprocess.Popen
         time.sleep(0.1)
 
 
+def until_step(folder: Path, step: int, launcher: subprocess.Popen) -> None:
+    until(lambda: step_of(folder) >= step, folder, launcher)
+
+
 def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
@@ -79,7 +83,7 @@ def mlflow_run(folder: Path) -> str | None:
 def test_ctrl_c_with_a_stuck_actor_then_resume(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     launcher = start(tmp_path)
-    until(lambda: step_of(folder) >= 1, folder, launcher)
+    until_step(folder, 1, launcher)
     children = family(launcher.pid)
     stuck = next(child for child in children if "actor-0" in child.cmdline())
     stuck.send_signal(signal.SIGSTOP)  # from here on the run cannot end by itself
