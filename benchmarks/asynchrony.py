@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.whole_run import BARE, WholeRun, run
 
@@ -35,9 +34,9 @@ def main() -> None:
                 whole = run(options.recipe, [*common, *options.set, *settings], Path(root))
             found[side].append(whole)
             print(json.dumps({"side": side, "seed": seed, **_figures(whole)}), flush=True)
-    rates = {side: _mean(steps_per_second(whole) for whole in runs) for side, runs in found.items()}
+    rates = {side: fmean(steps_per_second(whole) for whole in runs) for side, runs in found.items()}
     final = {
-        side: _mean(whole.summary["heldout_pass1_last"] for whole in runs) for side, runs in found.items()
+        side: fmean(whole.summary["heldout_pass1_last"] for whole in runs) for side, runs in found.items()
     }
     verdict = {
         "steps_per_s": {side: round(rate, 3) for side, rate in rates.items()},
@@ -72,10 +71,6 @@ def _figures(whole: WholeRun) -> dict[str, float]:
         "staleness_max",
     )
     return {"steps_per_s": round(steps_per_second(whole), 3)} | {name: whole.summary[name] for name in names}
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
 
 
 if __name__ == "__main__":

@@ -135,15 +135,14 @@ class Connection:
 class Learner(Connection):
     """Takes, fetches and commits step after step.
 
-    Args:
-        policy: shared with the actors, era and version: what they hold at once, as if weights took no time.
+    `policy` is era and version, shared with the actors: what they hold at once, as if weights took no time.
     """
 
-    def __init__(self, address: str, policy: Any | None = None) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__(address, "learner", "learner")
         self.received = 0
         self.step = 0
-        self.policy = policy if policy is not None else [0, 0]
+        self.policy: Any = [0, 0]
 
     def status(self) -> dict[str, Any]:
         return self.ask("status_query", {"groups": False})["status"]

@@ -19,8 +19,8 @@ from broker.checks import check_group
 from broker.ending import Ending
 from broker.group import Facts, Group
 from broker.members import Peer
-from broker.meters import Profile
 from broker.outbox import Origin, Outbox
+from broker.profile import Profile
 from broker.state import RunState
 from broker.store import Buffer, Entry
 from common.messages import (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from broker.meters import Profile
+from broker.profile import Profile
 from broker.store import Buffer
 from common.messages import GroupHeader, MalformedMessage
 from common.recipe.schema import Recipe

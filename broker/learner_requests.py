@@ -14,9 +14,9 @@ from broker.batch import batch_body
 from broker.ending import Ending
 from broker.group import Group, LedgerError, State
 from broker.members import Peer
-from broker.meters import Profile
 from broker.outbox import Origin, Outbox
 from broker.points import step_points
+from broker.profile import Profile
 from broker.state import RunState
 from broker.store import Buffer, Entry
 from common.messages import (

@@ -234,9 +234,7 @@ class Ledger(Books):
         if len(self._ready) < wanted or self.next_step > self.last_step:
             return None
         # The oldest token has the earliest deadline; then the order of the questions.
-        by_deadline = sorted(
-            self._ready.values(), key=lambda group: (group.oldest, group.key.epoch, group.position)
-        )
+        by_deadline = sorted(self._ready.values(), key=lambda group: (group.oldest, group.order))
         chosen = by_deadline[:wanted]
         left = self._due - Counter(self._deadline(group) for group in chosen)
         in_flight = Counter(self._deadline(group) for group in self._leased.values())

@@ -9,51 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from broker.profile import Profile
 from broker.rollouts import Rollouts
-from common.messages import GroupHeader
 
 EDGES = np.array(
     [round(2 ** (k / 2)) for k in range(2, 41)]
 )  # 2 ... 1,048,576 tokens, two buckets per octave
 FOLD = 4096
 FATES = ("sampled", "trained", "filtered", "expired")
-
-
-class Profile(NamedTuple):
-    """What the broker counts of a group: by response its length, reward and verdict; its tokens by version."""
-
-    lengths: list[int]
-    rewards: list[float]
-    verdicts: list[str]
-    versions: dict[int, int]
-    tokens: int
-
-    @classmethod
-    def of(cls, header: GroupHeader) -> Profile:
-        """The profile of a published group; read once, for all who count."""
-        versions: dict[int, int] = {}
-        lengths, rewards, verdicts = [], [], []
-        for response in header.responses:
-            lengths.append(response.tokens)
-            rewards.append(response.reward)
-            verdicts.append(response.verdict)
-            for version, tokens in response.versions:
-                versions[version] = versions.get(version, 0) + tokens
-        return cls(lengths, rewards, verdicts, versions, sum(lengths))
-
-    @property
-    def oldest(self) -> int:
-        """Oldest version that sampled a token of the group."""
-        return min(self.versions)
-
-    @property
-    def newest(self) -> int:
-        """Newest version that sampled a token of the group."""
-        return max(self.versions)
 
 
 class Lengths:

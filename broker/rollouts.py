@@ -10,16 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-
-class Profile(Protocol):
-    """What is read of a group, by response; see `broker.meters.Profile`."""
-
-    lengths: list[int]
-    rewards: list[float]
-    verdicts: list[str]
-    tokens: int
+from broker.profile import Profile
 
 
 @dataclass(slots=True)

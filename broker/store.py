@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from broker.ledger import Ledger
-from broker.meters import Profile
+from broker.profile import Profile
 from common.messages import GroupHeader, GroupId, Part, decode_part, open_frame
 
 Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
         return decode_part(GroupHeader, self.packed_header, "group")
 
 
-class _Published(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Published(Part):
     """The body of a `Publish` whose header stays packed."""
 
     header: msgspec.Raw

@@ -60,11 +60,11 @@ class VersionRun(NamedTuple):
     tokens: Tokens
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A piece of a message: strict types when it is decoded, no unknown fields, immutable."""
 
 
-class Message(Part, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Message(Part):
     """A message: its kind is the snake-case name on the wire."""
 
     kind: ClassVar[str]

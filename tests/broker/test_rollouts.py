@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.members import Peer
-from broker.meters import Profile
 from broker.points import PEERS_SHOWN, fleet_point, system_point
+from broker.profile import Profile
 from broker.rollouts import Rollouts
 from common.tracking.catalogue import entry_of, full_name
 
