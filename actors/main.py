@@ -22,7 +22,6 @@ import socket
 import sys
 import threading
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from common.messages import Goodbye, Hello, Welcome
 from common.model_files import require_tokenizer, tokenizer_digest
 from common.process import leave
 from common.recipe import Recipe
+from common.software import software_version
 from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError
 
 log = logging.getLogger("slipstream.actor")
@@ -79,11 +79,8 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
 
 
 def _hello(role: Any, name: str, **more: Any) -> Hello:
-    try:
-        software = version("slipstream-rl")
-    except PackageNotFoundError:
-        software = "0"
-    return Hello(role=role, peer=name, software=software, host=socket.gethostname(), pid=os.getpid(), **more)
+    host, pid = socket.gethostname(), os.getpid()
+    return Hello(role=role, peer=name, software=software_version(), host=host, pid=pid, **more)
 
 
 def _introduce(join: str, name: str, keys: Path | None) -> Welcome:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from benchmarks.whole_run import run_command
 from common.model_files import read_shape
 from common.recipe import load_recipe
 from deploy.memory import MIB, MemoryPlan, actor_memory, learner_memory
@@ -141,9 +142,7 @@ def measure(settings: Sequence[str]) -> dict[str, float]:
     Processes are read one after another: a fork in between counts its pages twice. A peak is what two samples in a row
     have seen.
     """
-    options = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "deploy", "run", "demo", "--quiet", *options]
-    launcher = subprocess.Popen(command, stdout=sys.stderr, cwd=REPOSITORY)
+    launcher = subprocess.Popen(run_command("demo", settings), stdout=sys.stderr, cwd=REPOSITORY)
     peaks, before = {"learner": 0.0, "actor": 0.0}, {"learner": 0.0, "actor": 0.0}
     while launcher.poll() is None:
         for name in peaks:

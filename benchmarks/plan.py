@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.whole_run import run_command
 from deploy.folder import holds_a_run, read_recipe
 from deploy.planning.calibrate import Calibration, calibrate, measured_figures
 from deploy.planning.simulate import simulate
@@ -93,9 +94,7 @@ def make_run(root: Path, name: str, steps: int) -> None:
         *COMMON,
         *RUNS[name],
     )
-    options = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "deploy", "run", "demo", "--quiet", *options]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    subprocess.run(run_command("demo", settings), check=True, stdout=sys.stderr)
 
 
 def compare(folder: Path, calibration: Calibration) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.curve import Curve
+from deploy.launch.supervisor import command
 
 # No evaluation, checkpoint or tracker on the way: what a trainer that is compared does not do either.
 BARE = ("eval.sets=[]", "learner.checkpoint_every=1000000", "tracking.enabled=false")
@@ -41,13 +42,16 @@ def run(recipe: str, overrides: Sequence[str], root: Path) -> WholeRun:
     return WholeRun(_curve(folder, launched), json.loads((folder / "summary.json").read_text()))
 
 
+def run_command(recipe: str, settings: Iterable[str]) -> list[str]:
+    """The command line that runs a recipe with `--set` for each setting ("key=value")."""
+    options = [word for setting in settings for word in ("--set", setting)]
+    return command("run", recipe, "--quiet", *options)
+
+
 @contextmanager
 def running(recipe: str, overrides: Sequence[str], root: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The process of a run; ended with the block."""
-    command = [sys.executable, "-m", "deploy", "run", recipe, "--quiet"]
-    for setting in (f'run.root="{root}"', *overrides):
-        command += ["--set", setting]
-    process = subprocess.Popen(command, stdout=sys.stderr)
+    process = subprocess.Popen(run_command(recipe, (f'run.root="{root}"', *overrides)), stdout=sys.stderr)
     try:
         yield process
     finally:

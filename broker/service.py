@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from broker.actor_requests import ActorRequests
 from broker.alarm import Alarm
@@ -41,6 +40,7 @@ from common.messages import (
     decode,
     request_number,
 )
+from common.software import compatible, software_version
 
 log = logging.getLogger("slipstream.broker")
 
@@ -50,24 +50,6 @@ COMMON_KINDS = ("heartbeat", "goodbye", "stop", "drain", "stacks", "status_query
 ABSENT_S = 2.0
 SKEW_S = 60.0  # of a peer's clock: more than a heartbeat that was sent again can be late
 INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
-
-
-def software_version() -> str:
-    """Version of this installation, or "0" when it runs from a checkout that is not installed."""
-    try:
-        return version("slipstream-rl")
-    except PackageNotFoundError:
-        return "0"
-
-
-def compatible(one: str, other: str) -> bool:
-    """Whether two versions may meet: the same major version, and before 1.0 the same minor one too.
-
-    A checkout that is not installed calls itself "0", and meets any 0.x.
-    """
-    ours, theirs = one.split("."), other.split(".")
-    depth = 2 if ours[0] == "0" and "0" not in (one, other) else 1
-    return ours[:depth] == theirs[:depth]
 
 
 class Service:

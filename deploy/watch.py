@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import SlipstreamError, UserError
 from common.messages import Hello, Message, Status, StatusQuery, Stop
+from common.software import software_version
 from common.wire import BrokerUnreachable, Client, RefusedError
 from deploy.folder import read_address
 
@@ -22,13 +23,11 @@ PERIOD_S = 1.0
 
 def observer(address: str, keys: Path | None) -> Client:
     """A connection of a person, not of a worker."""
-    from importlib.metadata import version
-
     name = f"observer-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     hello = Hello(
         role="observer",
         peer=name,
-        software=version("slipstream-rl"),
+        software=software_version(),
         host=socket.gethostname(),
         pid=os.getpid(),
     )

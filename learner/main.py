@@ -19,7 +19,6 @@ import signal
 import socket
 import time
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from common.errors import RunFailedError, UserError
 from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
 from common.model_files import tokenizer_digest
 from common.recipe.schema import Recipe
+from common.software import software_version
 from common.systemd import Watchdog, notify_ready
 from common.wire import BrokerUnreachable, Client, RefusedError
 from learner.checkpoint import Checkpoints, Saved, free_bytes
@@ -68,14 +68,6 @@ class StopSignal:
 
 class _Stopped(Exception):  # noqa: N818 - an order, not a defect
     """Told to stop before training began."""
-
-
-def software_version() -> str:
-    """Version of this installation, or "0" when it runs from a checkout that is not installed."""
-    try:
-        return version("slipstream-rl")
-    except PackageNotFoundError:
-        return "0"
 
 
 def run_learner(address: str, *, resume: bool = False, keys: Path | None = None) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from broker.main import serve
-from broker.service import compatible
 from common.errors import UserError
 from common.messages import Drain, Goodbye, Heartbeat, Hello, Lease, Pulse, StatusQuery
+from common.software import compatible
 from common.wire import Client, RefusedError
 from tests.scripted.broker import running_broker, scripted_recipe
 
