@@ -9,8 +9,8 @@ memory      the broker's resident memory with the buffer full, against the paylo
 restart     seconds from the start of the process to the first answer with 10,000 groups in the buffer, against
             a start without any
 
-The server has one core to itself, everything else the other one. Invariant: every figure is a median of several
-repetitions, alternating with its reference, and is printed with their ratio.
+Server and load have the machine together and nothing is pinned, for the broker as for its reference. Invariant:
+every figure is a median of several repetitions, alternating with its reference, and is printed with their ratio.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -72,23 +71,16 @@ def make_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def _serve(recipe_json: str, core: int) -> None:
-    os.sched_setaffinity(0, {core})
+def _serve(recipe_json: str) -> None:
     recipe = Recipe.model_validate_json(recipe_json)
     resume = (recipe.folder / JOURNAL_FOLDER).exists()
     serve(recipe, run_folder=recipe.folder, resume=resume)
 
 
-def cores() -> tuple[int, int]:
-    """A core for the server and one for the load; the same one where there is no other."""
-    free = sorted(os.sched_getaffinity(0))
-    return free[0], free[-1]
-
-
 @contextmanager
 def broker(recipe: Recipe) -> Iterator[tuple[str, psutil.Process]]:
     """A broker process on its own core; yields its address and the process."""
-    process = _SPAWNED.Process(target=_serve, args=(recipe.model_dump_json(), cores()[0]))
+    process = _SPAWNED.Process(target=_serve, args=(recipe.model_dump_json(),))
     process.start()
     try:
         yield _address(recipe.folder), psutil.Process(process.pid)
@@ -133,7 +125,7 @@ def generating(
         "window": window,
         "heartbeat_s": heartbeat_s,
     }
-    process = _SPAWNED.Process(target=actor_fleet, args=(cores()[1], address, learner.policy, options))
+    process = _SPAWNED.Process(target=actor_fleet, args=(address, learner.policy, options))
     process.start()
     try:
         yield
@@ -145,7 +137,7 @@ def generating(
 def relay_rate(steps: int) -> Rate:
     """The same frames through a bare relay."""
     front, back = (f"tcp://127.0.0.1:{port}" for port in _free_ports(2))
-    process = _SPAWNED.Process(target=relay, args=(front, back, cores()[0]))
+    process = _SPAWNED.Process(target=relay, args=(front, back))
     process.start()
     assignment = Assignment(
         group=GroupId(0, 0), lease=1, question={"problem": "?"}, samples=GROUP, deadline_s=1.0
@@ -332,7 +324,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    os.sched_setaffinity(0, {cores()[1]})
     rows = [line for part in options.parts for line in parts[part](options.steps)]
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -95,7 +94,25 @@ def responses(samples: int, tokens: int, version: int) -> msgspec.Raw:
     return msgspec.Raw(msgspec.msgpack.encode(headers))
 
 
-_reply = msgspec.msgpack.Decoder(tuple[int, str, int, dict[str, Any]])
+_reply = msgspec.msgpack.Decoder(tuple[int, str, int, msgspec.Raw])
+_body = msgspec.msgpack.Decoder(dict[str, Any])
+
+
+class _Taken(msgspec.Struct):
+    """What the load reads of a group in a `Batch`; the rest is skipped."""
+
+    group: tuple[int, int]
+
+
+class _Batch(msgspec.Struct):
+    """What the load reads of a `Batch`."""
+
+    ready: bool
+    groups: list[_Taken] = []
+    reason: str | None = None
+
+
+_batch = msgspec.msgpack.Decoder(_Batch)
 
 
 class Connection:
@@ -116,19 +133,22 @@ class Connection:
         self.socket.send(encode_plain(kind, number, body))
         return number
 
-    def receive(self, flags: int = 0) -> tuple[str, int, dict[str, Any], list[zmq.Frame]]:
-        """Kind, number, body and payload of the next reply."""
+    def receive(self, flags: int = 0) -> tuple[str, int, msgspec.Raw, list[zmq.Frame]]:
+        """Kind, number, packed body and payload of the next reply."""
         header, *payload = self.socket.recv_multipart(flags, copy=False)
         _, kind, number, body = _reply.decode(header.buffer)
         return kind, number, body, payload
 
     def ask(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        return _body.decode(self.ask_packed(kind, body))
+
+    def ask_packed(self, kind: str, body: dict[str, Any]) -> msgspec.Raw:
         number = self.send(kind, body)
         while True:
             reply, answered, content, _ = self.receive()
             if answered == number:
                 if reply == "refused":
-                    raise RuntimeError(f"{kind}: {content['reason']}")
+                    raise RuntimeError(f"{kind}: {_body.decode(content)['reason']}")
                 return content
 
 
@@ -152,12 +172,12 @@ class Learner(Connection):
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
-            batch = self.ask("take", {"step": self.step, "wait_s": 60.0})
-            if not batch["ready"]:
-                raise RuntimeError(f"step {self.step}: {batch['reason']}")
-            self.send("fetch", {"groups": [header["group"] for header in batch["groups"]]})
+            batch = _batch.decode(self.ask_packed("take", {"step": self.step, "wait_s": 60.0}))
+            if not batch.ready:
+                raise RuntimeError(f"step {self.step}: {batch.reason}")
+            self.send("fetch", {"groups": [taken.group for taken in batch.groups]})
             *_, payload = self.receive()
-            self.received += sum(len(part.buffer) for part in payload)
+            self.received += sum(map(len, payload))
             self.ask("commit", {"step": self.step, "version": self.step + 1, "metrics": {}})
             self.step += 1
             self.policy[1] = self.step
@@ -219,15 +239,15 @@ class ActorFleet:
                 kind, _, content, _ = actor.receive(zmq.NOBLOCK)
                 self._answer(actor, kind, content)
 
-    def _answer(self, actor: Connection, kind: str, content: dict[str, Any]) -> None:
+    def _answer(self, actor: Connection, kind: str, content: msgspec.Raw) -> None:
         if kind == "grant":
-            self._publish(actor, content["groups"])
+            self._publish(actor, _body.decode(content)["groups"])
         elif kind == "ack":
             self._open[id(actor.socket)] -= 1
             if not self._open[id(actor.socket)]:
                 self._lease(actor)
         elif kind == "refused":
-            raise RuntimeError(content["reason"])
+            raise RuntimeError(_body.decode(content)["reason"])
 
     def _publish(self, actor: Connection, groups: list[dict[str, Any]]) -> None:
         if not groups:
@@ -244,18 +264,16 @@ class ActorFleet:
             actor.socket.send_multipart(frames)  # below 64 KiB a copy is cheaper than its avoidance
 
 
-def actor_fleet(core: int, address: str, policy: Any, options: dict[str, Any]) -> None:
+def actor_fleet(address: str, policy: Any, options: dict[str, Any]) -> None:
     """Target of a process: a fleet at work."""
-    os.sched_setaffinity(0, {core})
     ActorFleet(address, policy=policy, **options).run()
 
 
 # --- the reference -----------------------------------------------------------------------------------------
 
 
-def relay(front: str, back: str, core: int) -> None:
+def relay(front: str, back: str) -> None:
     """ROUTER -> DEALER, frame by frame, nothing else: the least that a broker in Python could do."""
-    os.sched_setaffinity(0, {core})
     context = zmq.Context()
     incoming, outgoing = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
     for socket, address in ((incoming, front), (outgoing, back)):
@@ -290,7 +308,7 @@ def relay_load(
         if number == warm:
             received, started = 0, clock()
         _, *payload = receiver.recv_multipart(copy=False)
-        received += sum(len(part.buffer) for part in payload)
+        received += sum(map(len, payload))
     rate = Rate.of(received, started, clock())
     thread.join()
     sender.close()

@@ -151,13 +151,6 @@ class ResponseHeader(Part):
     finish: Literal["stop", "length"]
     versions: list[VersionRun]
 
-    def __post_init__(self) -> None:
-        covered = 0
-        for _, tokens in self.versions:
-            covered += tokens
-        if covered != self.tokens:
-            raise ValueError("version runs do not add up to the tokens of the response")
-
 
 class GroupHeader(Part):
     """A scored group. Its payload is three buffers: prompt ids int32 [P]; response ids int32 [sum T];
@@ -171,6 +164,14 @@ class GroupHeader(Part):
     responses: Annotated[list[ResponseHeader], Meta(min_length=1, max_length=65536)]
     generate_s: Seconds = 0.0
     verify_s: Seconds = 0.0
+
+    def __post_init__(self) -> None:
+        for response in self.responses:  # here and not in each of them: one call for a group
+            covered = 0
+            for _, tokens in response.versions:
+                covered += tokens
+            if covered != response.tokens:
+                raise ValueError("version runs do not add up to the tokens of the response")
 
     @property
     def response_tokens(self) -> int:

@@ -1,11 +1,13 @@
 """Train again on a recorded run, alone: to debug the learner without actors.
 
 Invariant: the recorded run is only read; each replay is a run of its own, in a folder beside the recorded one, with
-the recorded recipe, so that two replays of one record can be compared.
+the recorded recipe and the threads that the launcher gave the recorded learner (another number of threads adds up
+in another order), so that a replay can be compared with the record and with other replays.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +16,9 @@ from pathlib import Path
 from common.errors import UserError
 from common.process import die_with_parent
 from common.recipe import Recipe, resolved_toml
+from common.telemetry import visible_gpus
 from deploy.folder import RECIPE_FILE, find_folder, read_address, read_recipe
+from deploy.launch.layout import share_out
 from deploy.launch.supervisor import first_error
 
 START_S = 60.0
@@ -33,6 +37,7 @@ def start_replay(name: str) -> Path:
     folder = recipe.folder
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(resolved_toml(recipe), encoding="utf-8")
+    _take_learners_share(recipe)
     command = [sys.executable, "-m", "deploy", "broker", str(folder / RECIPE_FILE), "--resume"]
     with (folder / "broker.log").open("ab") as log:
         broker = subprocess.Popen(
@@ -44,6 +49,13 @@ def start_replay(name: str) -> Path:
         )
     _wait(broker, folder)
     return folder
+
+
+def _take_learners_share(recipe: Recipe) -> None:
+    """Give this process the threads and GPUs that the launcher would, where the environment does not say."""
+    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), visible_gpus())
+    for variable, value in layout.learner.environment().items():
+        os.environ.setdefault(variable, value)
 
 
 def _wait(broker: subprocess.Popen, folder: Path) -> None:

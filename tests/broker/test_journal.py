@@ -66,7 +66,7 @@ def test_what_was_not_saved_leaves_no_trace(tmp_path: Path) -> None:
     journal.save(ledger, None)
     before = ledger.counts()
     late = fill(ledger, journal, 2)
-    journal._write_payloads()  # the crash comes between payload and transaction
+    journal._segments.append(journal._fresh.values())  # the crash comes between payload and transaction
     again = Journal(tmp_path)
     restored = again.load(RULES)
     assert restored.counts() == before
@@ -104,7 +104,7 @@ def test_a_recording_keeps_them(tmp_path: Path) -> None:
 
 
 def test_segments_that_hold_nothing_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.journal.SEGMENT_BYTES", 5000)
+    monkeypatch.setattr("broker.segments.SEGMENT_BYTES", 5000)
     ledger, journal = Ledger(RULES), Journal(tmp_path)
     for _ in range(6):
         fill(ledger, journal, 2)

@@ -80,7 +80,9 @@ def record(folder: Path, setting: Recipe, outcome: Outcome, lengths: list[int] |
         meters = Meters()
         meters.lengths["sampled"].add(lengths)
         journal = Journal(folder / JOURNAL_FOLDER)
-        journal._db.execute("INSERT INTO meta VALUES ('extra', ?)", (_packed({"meters": meters.state()}),))
+        journal._index._db.execute(
+            "INSERT INTO meta VALUES ('extra', ?)", (_packed({"meters": meters.state()}),)
+        )
         journal.close()
 
 

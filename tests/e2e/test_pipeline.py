@@ -31,6 +31,8 @@ max_staleness = 1
 [learner]
 lr = 1e-3
 checkpoint_every = 3
+[broker]
+record = true
 [weights]
 checksum_every = 1
 [eval]
@@ -121,3 +123,25 @@ def test_the_ledger_adds_up_and_the_run_is_complete(run: tuple[Path, dict]) -> N
     assert (folder / "progress.png").stat().st_size > 10_000
     kept = sorted((folder / "checkpoints").iterdir())
     assert kept
+
+
+def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted(folder.glob("checkpoints/step-*/hf/model.safetensors"))[-1])
+
+
+@pytest.mark.e2e
+def test_a_replay_of_the_record_trains_the_same_weights(run: tuple[Path, dict]) -> None:
+    folder, _ = run
+    command = [sys.executable, "-m", "deploy", "learner", "--replay", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, timeout=180, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    replayed = folder.with_name(f"{folder.name}-replay-1")
+    losses = [[step["loss"] for step in points(of, "learner")] for of in (folder, replayed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+    recorded, again = last_checkpoint(folder), last_checkpoint(replayed)
+    assert recorded.keys() == again.keys()
+    assert all(torch.equal(recorded[name], again[name]) for name in recorded)
