@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.process import leave
+
 PARTS = ("learner", "actor", "push")
 TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "minimath-base"
 # Dense bfloat16, data sheets, TFLOP/s: the first name that occurs in the device's.
@@ -85,8 +87,8 @@ def main() -> int:
         return 2
     shape = SHAPES[options.shape]
     if options.one:
-        print(json.dumps({"learner": _learner, "push": _push}[options.one](options, shape)), flush=True)
-        return 0
+        print(json.dumps({"learner": _learner, "push": _push}[options.one](options, shape)))
+        leave(0)
     with tempfile.TemporaryDirectory() as folder:
         _make_model(shape, Path(folder), options.dtype)
         for part in options.parts:
