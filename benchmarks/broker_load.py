@@ -125,6 +125,9 @@ class Connection:
         self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         self.socket.connect(f"tcp://{address}")
         self.numbers = itertools.count(1)
+        self.early: dict[
+            int, tuple[msgspec.Raw, list[zmq.Frame]]
+        ] = {}  # replies that nobody has asked for yet
         hello = {"role": role, "peer": name, "software": SOFTWARE, "host": "benchmark", "pid": 1}
         self.welcome = self.ask("hello", hello)
 
@@ -140,20 +143,20 @@ class Connection:
         return kind, number, body, payload
 
     def ask(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        return _body.decode(self.ask_packed(kind, body))
+        return _body.decode(self.answer(self.send(kind, body))[0])
 
-    def ask_packed(self, kind: str, body: dict[str, Any]) -> msgspec.Raw:
-        number = self.send(kind, body)
-        while True:
-            reply, answered, content, _ = self.receive()
-            if answered == number:
-                if reply == "refused":
-                    raise RuntimeError(f"{kind}: {_body.decode(content)['reason']}")
-                return content
+    def answer(self, number: int) -> tuple[msgspec.Raw, list[zmq.Frame]]:
+        """Packed body and payload of the reply to request `number`; replies to others are kept."""
+        while number not in self.early:
+            kind, answered, body, payload = self.receive()
+            if kind == "refused":
+                raise RuntimeError(_body.decode(body)["reason"])
+            self.early[answered] = body, payload
+        return self.early.pop(number)
 
 
 class Learner(Connection):
-    """Takes, fetches and commits step after step.
+    """Takes, fetches and commits step after step; the next step is asked for while this one's payload travels.
 
     `policy` is era and version, shared with the actors: what they hold at once, as if weights took no time.
     """
@@ -163,6 +166,7 @@ class Learner(Connection):
         self.received = 0
         self.step = 0
         self.policy: Any = [0, 0]
+        self._taken: int | None = None  # number of the `Take` of `step`, once it is sent
 
     def status(self) -> dict[str, Any]:
         return self.ask("status_query", {"groups": False})["status"]
@@ -171,16 +175,23 @@ class Learner(Connection):
         self.policy[0], self.policy[1] = self.ask("rewind", {"step": 0, "version": 0})["era"], 0
 
     def train(self, steps: int) -> None:
+        """So many steps; the last one's successor is asked for already, for the next call."""
         for _ in range(steps):
-            batch = _batch.decode(self.ask_packed("take", {"step": self.step, "wait_s": 60.0}))
+            if self._taken is None:
+                self._taken = self._take(self.step)
+            batch = _batch.decode(self.answer(self._taken)[0])
             if not batch.ready:
                 raise RuntimeError(f"step {self.step}: {batch.reason}")
-            self.send("fetch", {"groups": [taken.group for taken in batch.groups]})
-            *_, payload = self.receive()
-            self.received += sum(map(len, payload))
-            self.ask("commit", {"step": self.step, "version": self.step + 1, "metrics": {}})
+            fetch = self.send("fetch", {"groups": [taken.group for taken in batch.groups]})
+            self._taken = self._take(self.step + 1)
+            self.received += sum(map(len, self.answer(fetch)[1]))
+            commit = self.send("commit", {"step": self.step, "version": self.step + 1, "metrics": {}})
+            self.answer(commit)
             self.step += 1
             self.policy[1] = self.step
+
+    def _take(self, step: int) -> int:
+        return self.send("take", {"step": step, "wait_s": 60.0})
 
 
 class ActorFleet:

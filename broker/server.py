@@ -23,9 +23,8 @@ from common.systemd import Watchdog
 log = logging.getLogger("slipstream.broker")
 
 HIGH_WATER_MARK = 64
-ROUND_MESSAGES = 256
+ROUND_MESSAGES = 64  # more would keep the learner waiting behind the actors
 ROUND_BYTES = 32 << 20
-ROUND_S = 1e-3  # rounds begin no closer than this: what comes together is answered, and saved, together
 IDLE_MS = 20
 TICK_S = 0.25
 RETRY_FULL_S = 1.0
@@ -79,8 +78,6 @@ class Server:
             self._deliver(now)
             if service.ending.over(now):
                 return service.ending.reason or "finished"
-            if (left := now + ROUND_S - time.monotonic()) > 0:
-                time.sleep(left)
         return "interrupted"
 
     def _receive(self, now: float) -> int:
