@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,8 +86,8 @@ class MlflowRun:
 
     def log_metrics(self, metrics: Sequence[Metric]) -> None:
         """Points; equal ones are kept once."""
-        for start in range(0, len(metrics), METRICS_AT_ONCE):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
+        for some in _pieces(metrics, METRICS_AT_ONCE):
+            self._client.log_batch(self.run_id, metrics=some)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Parameters. MLflow never changes one: what a resumed run changed goes into tags `resumed.KEY`."""
@@ -96,8 +96,8 @@ class MlflowRun:
         known = self._client.get_run(self.run_id).data.params
         wanted = {key: str(value)[:VALUE_LENGTH] for key, value in values.items()}
         new = [Param(key, value) for key, value in wanted.items() if key not in known]
-        for start in range(0, len(new), PARAMS_AT_ONCE):
-            self._client.log_batch(self.run_id, params=new[start : start + PARAMS_AT_ONCE])
+        for some in _pieces(new, PARAMS_AT_ONCE):
+            self._client.log_batch(self.run_id, params=some)
         changed = {key: value for key, value in wanted.items() if known.get(key, value) != value}
         self.set_tags({f"resumed.{key}": value for key, value in changed.items()})
 
@@ -106,8 +106,8 @@ class MlflowRun:
         from mlflow.entities import RunTag
 
         listed = [RunTag(key, value[:5000]) for key, value in tags.items()]
-        for start in range(0, len(listed), PARAMS_AT_ONCE):
-            self._client.log_batch(self.run_id, tags=listed[start : start + PARAMS_AT_ONCE])
+        for some in _pieces(listed, PARAMS_AT_ONCE):
+            self._client.log_batch(self.run_id, tags=some)
 
     def put_file(self, path: Path) -> None:
         """A file of the run folder, if it exists."""
@@ -127,3 +127,12 @@ class MlflowRun:
     def close(self, status: str, ended: float) -> None:
         """The run is over since `ended` (seconds since the epoch): FINISHED, KILLED or FAILED."""
         self._client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
+
+
+T = TypeVar("T")
+
+
+def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items, so many at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -7,8 +7,8 @@ run. No group is lost: `Outcome.ledger` is the ledger's own sum (I3).
 The model of an engine is continuous batching: all running sequences gain one token per decode step, which takes
 `decode_s + sequence_s * running`; a free slot is filled from its queue; prompts, and prefixes after a push, stop
 decoding while they are computed. The learner takes one batch ahead, as `learner.feed` does. An actor asks for
-groups whenever its engine has room; a request that must wait carries the version of its time until the next
-heartbeat. Each actor has its machine for itself, and the broker takes no time.
+groups whenever its engine has room; a request that waits carries the version that the actor holds, which it says as
+soon as it changes. Each actor has its machine for itself, and the broker takes no time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from common.recipe.schema import Recipe
 from deploy.planning.rates import Rates
 from deploy.planning.workload import Workload
 
-HOLD_S = 2.0  # how long a request for work waits at the broker before it is made anew (actors.rollout)
 EPSILON = 1e-9  # of a decode step: completions so close together are one event
 
 
@@ -236,13 +235,11 @@ class _Engine:
 class _Actor:
     """An engine, what it may ask for, and the weights on their way to it."""
 
-    def __init__(self, name: str, engine: _Engine, recipe: Recipe, beat_at: float) -> None:
+    def __init__(self, name: str, engine: _Engine, recipe: Recipe) -> None:
         self.name, self.engine = name, engine
-        self._group_size, self._heartbeat_s = recipe.rollout.group_size, recipe.broker.heartbeat_s
+        self._group_size = recipe.rollout.group_size
         self._leased = sequences_leased(recipe.actor.max_sequences, recipe.rollout.group_size)
-        self._beat_at = beat_at
-        self.asked_at: float | None = None  # a request waits at the broker
-        self.asked_version = 0
+        self.asked_version: int | None = None  # of the request that waits at the broker
         self.evaluating = False
         self.arrived = 0  # newest version that has arrived; swapped in when no evaluation holds it up
         self.alarm = 0  # number of the last completion that was scheduled: earlier ones are void
@@ -250,13 +247,6 @@ class _Actor:
     def capacity(self) -> int:
         """Groups that the engine has room for."""
         return max(0, self._leased - self.engine.unfinished) // self._group_size
-
-    def renewal(self, now: float) -> float:
-        """When the broker learns of the version that the actor holds since now: by heartbeat or a new request."""
-        beats = math.ceil((now - self._beat_at) / self._heartbeat_s)
-        asked = self.asked_at if self.asked_at is not None else now
-        expiry = asked + HOLD_S * max(1, math.ceil((now - asked) / HOLD_S))
-        return min(self._beat_at + beats * self._heartbeat_s, expiry)
 
 
 def sequences_leased(slots: int, group_size: int) -> int:
@@ -294,13 +284,11 @@ class _Run:
         self._order = itertools.count()
         self._now = 0.0
         self.ledger = Ledger(rules_of(recipe, workload.questions))
-        phases = np.random.default_rng(seed).uniform(-recipe.broker.heartbeat_s, 0.0, actors)
         self.actors = [
             _Actor(
                 f"actor-{number}",
                 _Engine(rates, recipe.actor.max_sequences, workload.prompt_tokens),
                 recipe,
-                float(phases[number]),
             )
             for number in range(actors)
         ]
@@ -360,7 +348,8 @@ class _Run:
 
     def _may_evaluate(self, actor: _Actor) -> bool:
         wanted = self._evaluation
-        return wanted is not None and actor.asked_version >= wanted and not actor.evaluating
+        held = actor.asked_version
+        return wanted is not None and held is not None and held >= wanted and not actor.evaluating
 
     def _share(self, actor: _Actor) -> int:
         rules = self.ledger.rules
@@ -369,10 +358,12 @@ class _Run:
 
     def _grant(self, actor: _Actor) -> None:
         del self._line[actor.name]
-        version, actor.asked_at = actor.asked_version, None
+        evaluates = self._may_evaluate(actor)
+        version, actor.asked_version = actor.asked_version, None
+        assert version is not None, "only those who ask are in line"
         self._asked[version] -= 1
         share = self._share(actor)
-        if self._may_evaluate(actor):
+        if evaluates:
             self._evaluation, actor.evaluating = None, True
             actor.engine.add(self._now, self._job(None, self._workload.eval_sequences))
         for group in self.ledger.lease(actor.name, share, era=0, version=version, now=self._now):
@@ -391,8 +382,8 @@ class _Run:
     # --- actors ----------------------------------------------------------------------------------------------
 
     def _ask(self, actor: _Actor) -> None:
-        if actor.capacity() and actor.asked_at is None:
-            actor.asked_at, actor.asked_version = self._now, actor.engine.version
+        if actor.capacity() and actor.asked_version is None:
+            actor.asked_version = actor.engine.version
             self._asked[actor.asked_version] += 1
             self._line[actor.name] = actor
             self._serve()
@@ -445,12 +436,7 @@ class _Run:
             return
         actor.engine.swap(self._now, actor.arrived)
         self._schedule(actor)
-        if actor.asked_at is not None:
-            self._at(actor.renewal(self._now), lambda: self._renew(actor))
-
-    def _renew(self, actor: _Actor) -> None:
-        """A heartbeat, or a new request, says which version the actor holds."""
-        if actor.asked_at is not None:
+        if actor.asked_version is not None:
             self._asked[actor.asked_version] -= 1
             actor.asked_version = actor.engine.version
             self._asked[actor.asked_version] += 1

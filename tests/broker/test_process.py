@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from common.wire import BrokerUnreachable, Client
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe, wait_for_broker
 from tests.scripted.learner import ScriptedLearner
+from tests.scripted.wait import until
 
 
 def observer(address: str, keys: Path | None = None) -> Client:
@@ -37,13 +37,6 @@ def start(worker: ScriptedActor | ScriptedLearner) -> threading.Thread:
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()
     return thread
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 # --- refused before anything starts ------------------------------------------------------------------------
@@ -111,7 +104,7 @@ def test_without_a_learner_actors_idle_and_memory_stays(tmp_path: Path) -> None:
         actors = [ScriptedActor(address, f"actor-{i}", group_s=0.0) for i in range(2)]
         threads = [start(actor) for actor in actors]
         client = observer(address)
-        wait_until(lambda: status_of(client)["ledger"]["buffered"] == 8)
+        until(lambda: status_of(client)["ledger"]["buffered"] == 8)
         size = status_of(client)["queue"]["store_bytes"]
         time.sleep(0.5)
         after = status_of(client)
@@ -128,7 +121,7 @@ def test_stop_ends_actors_then_learner_then_broker(tmp_path: Path) -> None:
     with running_broker(recipe) as address:
         actor, learner = ScriptedActor(address, "actor"), ScriptedLearner(address, tmp_path / "c.json")
         threads = [start(actor), start(learner)]
-        wait_until(lambda: len(learner.history) > 2)
+        until(lambda: len(learner.history) > 2)
         observer(address).request(Stop(reason="Ctrl-C"))
         for thread in threads:
             thread.join(9.0)
@@ -159,9 +152,9 @@ def test_a_full_disk_stops_the_intake_and_it_resumes(tmp_path: Path) -> None:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest + 3000, resource.RLIM_INFINITY))
         actor, learner = ScriptedActor(address, "actor"), ScriptedLearner(address, tmp_path / "c.json")
         threads = [start(actor), start(learner)]
-        wait_until(lambda: status_of(client)["disk_full"] is not None)
+        until(lambda: status_of(client)["disk_full"] is not None)
         assert "disk is full" in status_of(client)["disk_full"]
-        wait_until(lambda: "full" in actor.refused)
+        until(lambda: "full" in actor.refused)
         assert len(learner.history) < 10
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
         for thread in threads:
@@ -203,7 +196,7 @@ def test_the_metrics_page_shows_the_ledger(tmp_path: Path) -> None:
         def page() -> str:
             return urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
 
-        wait_until(lambda: 'slipstream_groups{state="buffered"} 8.0' in page())
+        until(lambda: 'slipstream_groups{state="buffered"} 8.0' in page())
         text = page()
         assert 'slipstream_run{what="ledger_sum_ok"} 1.0' in text
         assert "slipstream_leases_total 8.0" in text

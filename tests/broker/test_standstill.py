@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from common.messages import Hello, StatusQuery
 from common.wire import Client
 from tests.scripted.broker import running_broker, scripted_recipe
 from tests.scripted.stalling import GROUPS
+from tests.scripted.wait import until
 
 LIMIT_S = 3.0  # above what a healthy wait may last before it is said (broker.explain.SHOWN_S)
 
@@ -41,13 +42,6 @@ def worker(module: str, *arguments: str) -> Iterator[subprocess.Popen]:
         for member in [*psutil.Process(process.pid).children(recursive=True), process]:
             member.kill()
         process.wait(10)
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
 
 
 class Eye:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,7 @@ from deploy.watch import ask_status
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
 from tests.scripted.learner import ScriptedLearner
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+from tests.scripted.wait import until
 
 
 def test_a_run_goes_on_with_fewer_actors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 from common.weights import Publisher, Snapshot
 from common.weights.scripted import ScriptedReceiver
 from learner.push import WeightPush
+from tests.scripted.wait import until
 
 RUN = "run-1"
 
@@ -23,13 +22,6 @@ def push():
     made._publisher, made._absent = Publisher(run_id=RUN, deadline_s=3.0), set()
     yield made
     made.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20.0
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_meters_of_a_crashed_actor_go_away(push: WeightPush) -> None:

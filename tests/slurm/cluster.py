@@ -15,8 +15,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+from tests.scripted.wait import until
 
 SEARCH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "srun")
@@ -62,13 +65,7 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for a condition; on time-out the test fails and says what was waited for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not after {seconds:.0f} s")
-        time.sleep(0.2)
+wait_until = partial(until, every=0.2)  # each look is a process of Slurm's
 
 
 def _free_ports(count: int) -> list[int]:
@@ -113,11 +110,11 @@ class Cluster:
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         paths = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *paths)
-        wait_until((self.folder / "munge.socket").exists, 10, "munged listens")
+        wait_until((self.folder / "munge.socket").exists, "munged listens", 10)
         self._start("slurmctld", "slurmctld", "-D", "-i", "-f", str(self.conf))
         for i in range(1, self.nodes + 1):
             self.start_node(f"n{i}")
-        wait_until(self._all_idle, 30, "all nodes are idle")
+        wait_until(self._all_idle, "all nodes are idle", 30)
 
     def start_node(self, name: str) -> None:
         """Start the slurmd of a node."""
@@ -155,7 +152,7 @@ class Cluster:
 
     def start_again(self, label: str) -> None:
         """Slurm lets a requeued job wait for two minutes, to be sure that nothing of it is left: be faster."""
-        wait_until(lambda: "PENDING" in self._state(label), 60, f"job {label} is back in the queue")
+        wait_until(lambda: "PENDING" in self._state(label), f"job {label} is back in the queue", 60)
         time.sleep(3.0)  # a late word of its old script would be taken for the new one's
         self.ask("scontrol", "update", f"JobId={label}", "StartTime=now")
 
@@ -167,7 +164,7 @@ class Cluster:
         self.ask("scancel", "--me", "--signal=KILL", "--full")
         self.ask("scancel", "--me")
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.ask("squeue", "--noheader"), 30, "all jobs are gone")
+            wait_until(lambda: not self.ask("squeue", "--noheader"), "all jobs are gone", 30)
         for daemon in reversed(self.daemons.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(daemon.pid, signal.SIGTERM)

@@ -71,22 +71,22 @@ def assert_dashboard_knows(train: list[dict]) -> None:
 
 def test_the_demo_survives_scaling_and_requeues(cluster: Cluster, submitted: Path):
     folder, state = submitted, read_state(submitted)
-    wait_until(lambda: steps_done(folder) >= 2, START_S, "the first steps are trained")
+    wait_until(lambda: steps_done(folder) >= 2, "the first steps are trained", START_S)
 
     scale_array(folder, 2)
     wait_until(
-        lambda: actors_at_work() == [0, 1] and joined(folder, "actor-1"), START_S, "a second actor works"
+        lambda: actors_at_work() == [0, 1] and joined(folder, "actor-1"), "a second actor works", START_S
     )
     scale_array(folder, 1)
-    wait_until(lambda: actors_at_work() == [0], START_S, "it has left again")
+    wait_until(lambda: actors_at_work() == [0], "it has left again", START_S)
 
     cluster.requeue(f"{state.arrays[0]}_0")
-    wait_until(lambda: joined(folder, "actor-0") == 2, START_S, "a requeued actor comes back")
+    wait_until(lambda: joined(folder, "actor-0") == 2, "a requeued actor comes back", START_S)
     before = steps_done(folder)
     cluster.requeue(str(state.head))
-    wait_until(lambda: steps_done(folder) > before, START_S, "a requeued learner trains on")
+    wait_until(lambda: steps_done(folder) > before, "a requeued learner trains on", START_S)
 
-    wait_until(lambda: final(folder), 2 * START_S, "the run ends")
+    wait_until(lambda: final(folder), "the run ends", 2 * START_S)
     end = final(folder)
     assert end is not None
     assert end["status"] == "finished"
@@ -95,5 +95,5 @@ def test_the_demo_survives_scaling_and_requeues(cluster: Cluster, submitted: Pat
     assert_dashboard_knows(points(folder, "learner"))
     assert "continuing from step" in (folder / "learner.log").read_text()
     wait_until(
-        lambda: not queue.queued("slipstream-demo") + queue.queued("slipstream-demo-actors"), 60, "all leave"
+        lambda: not queue.queued("slipstream-demo") + queue.queued("slipstream-demo-actors"), "all leave", 60
     )

@@ -46,7 +46,7 @@ def step_of(folder: Path) -> int:
 
 def assert_whole(folder: Path, steps: int) -> None:
     """The run is finished: each question trained on once, and the ledger's sum holds (I2, I3)."""
-    wait_until(lambda: final(folder), 120, "the run ends")
+    wait_until(lambda: final(folder), "the run ends", 120)
     end = final(folder)
     assert end is not None
     assert end["status"] == "finished", end
@@ -54,35 +54,35 @@ def assert_whole(folder: Path, steps: int) -> None:
     assert ledger["sum_ok"], ledger
     history = [key for groups in json.loads((folder / "checkpoint.json").read_text()) for key in groups]
     assert len(history) == len(set(history)) == 4 * steps - ledger["filtered"]
-    wait_until(lambda: not queue.queued("slipstream-demo"), 60, "the head job ends")
-    wait_until(lambda: not queue.queued("slipstream-demo-actors"), 60, "no actor is left")
+    wait_until(lambda: not queue.queued("slipstream-demo"), "the head job ends", 60)
+    wait_until(lambda: not queue.queued("slipstream-demo-actors"), "no actor is left", 60)
 
 
 def test_scaled_hurt_and_requeued_run_ends_whole(cluster: Cluster, shared: Path, program):
     steps = 200
     folder = send(write_recipe(shared, steps=steps), program)
     state = read_state(folder)
-    wait_until(lambda: actors_at_work() == [0, 1], 60, "two actors run")
-    wait_until(lambda: step_of(folder) > 0, 60, "a first checkpoint")
+    wait_until(lambda: actors_at_work() == [0, 1], "two actors run", 60)
+    wait_until(lambda: step_of(folder) > 0, "a first checkpoint", 60)
     address = json.loads((folder / "broker.json").read_text())["address"]
     assert not address.startswith("127."), "the broker must be reachable from other nodes"
 
     scale_array(folder, 5)
-    wait_until(lambda: actors_at_work() == [0, 1, 2, 3, 4], 60, "five actors run")
-    wait_until(lambda: len(seen(folder, what="started")) >= 7, 60, "all have joined")
+    wait_until(lambda: actors_at_work() == [0, 1, 2, 3, 4], "five actors run", 60)
+    wait_until(lambda: len(seen(folder, what="started")) >= 7, "all have joined", 60)
 
     scale_array(folder, 3)
-    wait_until(lambda: actors_at_work() == [0, 1, 2], 60, "actors 3 and 4 have left")
+    wait_until(lambda: actors_at_work() == [0, 1, 2], "actors 3 and 4 have left", 60)
     assert seen(folder, "actor-3", "left"), "an actor that goes is asked first"
     assert seen(folder, "actor-4", "left")
 
     cluster.requeue(f"{state.arrays[0]}_0")
-    wait_until(lambda: len(seen(folder, "actor-0", "started")) == 2, 60, "actor 0 rejoins")
+    wait_until(lambda: len(seen(folder, "actor-0", "started")) == 2, "actor 0 rejoins", 60)
 
     before = step_of(folder)
     cluster.requeue(str(state.head))
-    wait_until(lambda: len(seen(folder, "learner", "started")) == 2, 90, "the learner is back")
-    wait_until(lambda: step_of(folder) > before, 60, "it trains on")
+    wait_until(lambda: len(seen(folder, "learner", "started")) == 2, "the learner is back", 90)
+    wait_until(lambda: step_of(folder) > before, "it trains on", 60)
     assert_whole(folder, steps)
 
 
@@ -90,12 +90,12 @@ def test_near_the_time_limit_a_job_saves_and_queues_again(cluster: Cluster, shar
     steps = 120
     folder = send(write_recipe(shared, steps=steps), program, time="10:00")
     state = read_state(folder)
-    wait_until(lambda: step_of(folder) > 0, 60, "a first checkpoint")
+    wait_until(lambda: step_of(folder) > 0, "a first checkpoint", 60)
     # What --signal=B:USR1@120 does two minutes before the limit.
     cluster.ask("scancel", "--batch", "--signal=USR1", str(state.head), f"{state.arrays[0]}_1")
-    wait_until(lambda: seen(folder, "learner", "left"), 30, "the learner has saved and left")
-    wait_until(lambda: seen(folder, "actor-1", "left"), 30, "the actor has left in order")
-    wait_until(lambda: 1 not in actors_at_work(), 30, "its task is back in the queue")
+    wait_until(lambda: seen(folder, "learner", "left"), "the learner has saved and left", 30)
+    wait_until(lambda: seen(folder, "actor-1", "left"), "the actor has left in order", 30)
+    wait_until(lambda: 1 not in actors_at_work(), "its task is back in the queue", 30)
     for label in (str(state.head), f"{state.arrays[0]}_1"):
         cluster.start_again(label)
     assert_whole(folder, steps)
@@ -127,21 +127,21 @@ def test_ranks_of_several_nodes_meet_and_gpus_are_shared_out(cluster: Cluster, s
 def test_a_worker_that_dies_is_started_again(cluster: Cluster, shared: Path, program):
     steps = 80
     folder = send(write_recipe(shared, steps=steps), program, actors=1)
-    wait_until(lambda: step_of(folder) > 0 and seen(folder, "actor-0"), 60, "the run goes")
+    wait_until(lambda: step_of(folder) > 0 and seen(folder, "actor-0"), "the run goes", 60)
     for who in ("actor-0", "learner", "broker"):
         os.kill(seen(folder, who)[-1]["pid"], signal.SIGKILL)
-        wait_until(lambda who=who: len(seen(folder, who, "started")) == 2, 60, f"{who} is back")
+        wait_until(lambda who=who: len(seen(folder, who, "started")) == 2, f"{who} is back", 60)
     assert_whole(folder, steps)
 
 
 def test_a_run_that_cannot_go_on_leaves_nothing_behind(cluster: Cluster, shared: Path, program):
     recipe = write_recipe(shared, steps=1000)
     folder = send(recipe, program, actors=2)
-    wait_until(lambda: step_of(folder) > 0, 60, "the run goes")
+    wait_until(lambda: step_of(folder) > 0, "the run goes", 60)
     (shared / "questions.jsonl").unlink()  # the broker's next start is refused: exit code 2
     os.kill(seen(folder, "broker")[-1]["pid"], signal.SIGKILL)
-    wait_until(lambda: not queue.queued("slipstream-demo"), 90, "the head job gives up")
-    wait_until(lambda: not queue.queued("slipstream-demo-actors"), 60, "its actors are taken back")
+    wait_until(lambda: not queue.queued("slipstream-demo"), "the head job gives up", 90)
+    wait_until(lambda: not queue.queued("slipstream-demo-actors"), "its actors are taken back", 60)
     assert "error: " in (folder / "broker.log").read_text()
 
 
@@ -149,13 +149,13 @@ def test_a_cancelled_run_is_resumed(cluster: Cluster, shared: Path, program):
     steps = 60
     recipe = write_recipe(shared, steps=steps)
     folder = send(recipe, program, actors=1)
-    wait_until(lambda: step_of(folder) > 0, 60, "the run goes")
+    wait_until(lambda: step_of(folder) > 0, "the run goes", 60)
     state = read_state(folder)
     queue.cancel(map(str, [state.head, *state.arrays]))
     wait_until(
         lambda: not queue.queued("slipstream-demo") + queue.queued("slipstream-demo-actors"),
-        60,
         "all is gone",
+        60,
     )
     saved = step_of(folder)
     assert final(folder) is None, "cancelled is not ended"

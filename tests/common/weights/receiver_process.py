@@ -54,11 +54,3 @@ class ReceiverProcess:
             self.signal(signal.SIGCONT)
             self._process.kill()
         self._process.join(5)
-
-
-def until(condition, timeout: float = 30.0) -> None:
-    """Waits for a condition of other processes; its never coming true fails the test."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, f"not so within {timeout:g} s"
-        time.sleep(0.01)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from receiver_process import ReceiverProcess, until
+from receiver_process import ReceiverProcess
 
 import common.weights.disk
 from common.errors import RunFailedError, UserError
@@ -20,6 +20,7 @@ from common.weights.ipc import SharedMemorySource
 from common.weights.protocol import LinkSpec
 from common.weights.scripted import ScriptedReceiver
 from common.weights.store import StoreClient
+from tests.scripted.wait import until
 
 RUN = "run-7"
 
