@@ -216,7 +216,8 @@ def _rates_of_runs(recipe: Recipe, rates: Any, runs: Sequence[str], calibration:
         (f"push {rates.push_s:.3f} s, generation stopped {rates.stop_s:.3f} s", "same"),
     ]
     if len(runs) > 1:
-        rows.append((f"both {rates.contention:.2f} times slower while both compute", f"fitted to {names}"))
+        slowed = f"learner {rates.train_contention:.2f}, engines {rates.decode_contention:.2f} times slower"
+        rows.append((f"{slowed} while both compute", f"fitted to {names}"))
     for run, recording in zip(runs, calibration.runs, strict=True):
         known = recording.measured
         text = f"step {known.step_s:.2f} s, learner idle {known.learner_idle:.0%}, staleness {known.staleness_mean:.2f}"

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from common.recipe import find_recipe
 
+LINES = 20  # of progress in a log, where no bar can be drawn
+
 
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="Pretraining recipe: a TOML file or a shipped one's name.")],
@@ -38,6 +40,8 @@ def pretrain(
             doing = "pretraining" if step + 1 < resolved.train.steps else "sampling answers"
             speed = meter.speed(elapsed)
             bar.update(task, completed=step + 1, description=doing, loss=f"loss {loss:.3f}", speed=speed)
+            if not console.is_terminal and (step + 1) % max(1, resolved.train.steps // LINES) == 0:
+                console.print(f"{doing}: {step + 1} of {resolved.train.steps}, loss {loss:.3f}, {speed}")
 
         report = stage.pretrain(resolved, overwrite=overwrite, progress=advance)
     console.print(_table(report, resolved.probe.set, resolved.probe.template))

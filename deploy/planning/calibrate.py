@@ -291,18 +291,19 @@ def _fit(recordings: Sequence[Recording]) -> tuple[Rates, tuple[str, ...]]:
     def rates_at(place: tuple[float, ...]) -> Rates:
         sequence_s = math.exp(place[0])
         decode_s = math.exp(place[1]) if timed else ASSUMED_HALF_RATE * sequence_s
-        contention = 1 + abs(place[-1]) if several else 1.0
+        slowed = [1 + abs(more) for more in place[-2:]] if several else [1.0, 1.0]
         return replace(
             base,
             decode_s=decode_s,
             sequence_s=sequence_s,
             prompt_s=PROMPT_SHARE * sequence_s,
-            contention=contention,
+            train_contention=slowed[0],
+            decode_contention=slowed[1],
         )
 
     start = [math.log(per_token)]
     start += [math.log(ASSUMED_HALF_RATE * per_token)] if timed else []
-    start += [0.2] if several else []
+    start += [0.2, 0.2] if several else []
     best = compass_search(lambda place: misfit(rates_at(place), recordings), tuple(start))
     unseparated = f"decode floor not separable without recorded groups: taken to double at {ASSUMED_HALF_RATE} sequences"
     return rates_at(best), () if timed else (unseparated,)

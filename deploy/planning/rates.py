@@ -24,8 +24,9 @@ class Rates:
         push_s: from the learner's commit until an actor holds the new weights.
         stop_s: generation stands still at a swap, beside what is computed again.
         checkpoint_s: the learner's time for one checkpoint.
-        contention: how many times longer learner and engines each take while both compute; 1 where each has a machine
+        train_contention: how many times longer the learner takes while an engine computes; 1 where each has a machine
             of its own.
+        decode_contention: how many times longer a decode step takes while the learner computes.
     """
 
     decode_s: float
@@ -38,7 +39,8 @@ class Rates:
     push_s: float = 0.0
     stop_s: float = 0.0
     checkpoint_s: float = 0.0
-    contention: float = 1.0
+    train_contention: float = 1.0
+    decode_contention: float = 1.0
 
     def step_s(self, running: int) -> float:
         """Seconds of one decode step with so many running sequences."""

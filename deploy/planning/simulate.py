@@ -473,23 +473,23 @@ class _Run:
         self._take()
 
     def _share_machine(self) -> None:
-        """Learner and engines slow each other down where they compute on one machine (`Rates.contention`)."""
-        training, factor = self._training, self._rates.contention
-        busy = factor != 1 and any(actor.engine.busy for actor in self.actors)
+        """Learner and engines slow each other down where they compute on one machine (`Rates.train_contention`)."""
+        training, rates = self._training, self._rates
+        busy = any(actor.engine.busy for actor in self.actors)
         if training is not None and not training.done:
             training.left -= (self._now - training.since) / training.slower
-            training.since, training.slower = self._now, factor if busy else 1.0
+            training.since, training.slower = self._now, rates.train_contention if busy else 1.0
             training.alarm += 1
             alarm, when = training.alarm, self._now + max(0.0, training.left) * training.slower
             self._at(when, lambda: self._trained(training) if training.alarm == alarm else None)
-        if factor != 1 and self._slowed != (training is not None):
+        if rates.decode_contention != 1 and self._slowed != (training is not None):
             self._slowed = training is not None
             for actor in self.actors:
-                actor.engine.slow_down(self._now, factor if self._slowed else 1.0)
+                actor.engine.slow_down(self._now, rates.decode_contention if self._slowed else 1.0)
                 self._schedule(actor)
 
     def _engines_changed(self) -> None:
-        if self._rates.contention != 1:
+        if self._rates.train_contention != 1:
             self._share_machine()
 
     def _trained(self, training: _Training) -> None:

@@ -67,7 +67,8 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, Rates, Workload, int]:
         push_s=draw(seconds),
         stop_s=draw(seconds),
         checkpoint_s=draw(seconds),
-        contention=draw(st.sampled_from([1.0, 1.5, 3.0])),
+        train_contention=draw(st.sampled_from([1.0, 1.5, 3.0])),
+        decode_contention=draw(st.sampled_from([1.0, 1.5, 3.0])),
     )
     workload = Workload(
         LogNormal(draw(st.floats(2, 40)), 64, draw(st.floats(0, 1))),
@@ -159,11 +160,15 @@ def test_an_actor_says_its_new_version_at_once() -> None:
     assert slow.step_s == simulate(rare, RATES, constant(20)).step_s
 
 
-def test_one_machine_for_both_slows_both_down() -> None:
-    apart = [_step(RATES, staleness) for staleness in (0, 2)]
-    together = [_step(replace(RATES, contention=2.0), staleness) for staleness in (0, 2)]
-    assert together[0] == pytest.approx(apart[0], rel=1e-6), "they never compute at the same time"
-    assert apart[1] < together[1] <= 2 * apart[1]
+@pytest.mark.parametrize("train", [1.0, 2.0])
+@pytest.mark.parametrize("decode", [1.0, 2.0])
+def test_on_one_machine_they_slow_each_other_down(train: float, decode: float) -> None:
+    shared = replace(RATES, train_contention=train, decode_contention=decode)
+    assert _step(shared, staleness=0) == pytest.approx(_step(RATES, staleness=0), rel=1e-6), "never at once"
+    apart, together = (simulate(recipe(staleness=2), rates, constant(20)) for rates in (RATES, shared))
+    assert together.training_s == pytest.approx(train * apart.training_s, rel=0.1)
+    assert (together.group_s > 1.05 * apart.group_s) == (decode > 1)
+    assert 0.95 * apart.step_s <= together.step_s <= 2 * apart.step_s
 
 
 def test_filtered_groups_cost_the_learner_nothing() -> None:
