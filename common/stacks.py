@@ -1,11 +1,8 @@
 """Where every thread of a process stands, for a run that stands still.
 
-Invariant: a process is asked in a way that cannot harm it, and a deadlocked one as well as a healthy one. It writes
-the dump itself. Asked by `SIGNAL` it does so from Python, where no other thread runs meanwhile. Only one whose main
-thread does not come round to that is asked by `FORCED`, which is answered in C from the signal handler (faulthandler)
-and needs neither the GIL nor a thread that still runs; while other threads run it may read a frame that has just gone,
-and crash. Only a process that has said it is ready for the signals (`arm`) is ever sent them; for others the kernel's
-view must do.
+Invariant: a dump is written by the process itself, in C, from a signal handler (faulthandler): it needs neither
+the GIL nor a thread that still runs, so that a deadlocked process can be asked as well as a healthy one. Only a
+process that has said it is ready for the signal (`arm`) is ever sent it; for others the kernel's view must do.
 
 A dump goes to an anonymous file in memory, which whoever asks reads through /proc: nothing is on disk before
 somebody asks. Forked children are armed with a file of their own; spawned ones call `arm` themselves.
@@ -19,7 +16,6 @@ import faulthandler
 import io
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +25,6 @@ import psutil
 from common.messages import MAX_STACKS_CHARS, Pulse, Stacks
 
 SIGNAL = signal.SIGUSR2  # Slurm's warning before the time limit is USR1
-FORCED = signal.SIGRTMIN + 2
 FILE_NAME = "slipstream-stacks"
 WRITTEN_S = 0.1  # a dump that has not grown for so long is complete
 ANSWER_S = 1.0
@@ -40,20 +35,11 @@ _owner: int | None = None  # process that opened `_file`; a fork inherits both
 
 
 def arm() -> None:
-    """Make this process, and those that it forks, answer with their stacks when asked; may be called again."""
+    """Make this process, and those that it forks, answer `SIGNAL` with their stacks; may be called again."""
     if _owner is None:
         os.register_at_fork(after_in_child=_open_file)
     if _owner != os.getpid():
         _open_file()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(SIGNAL, _dump)
-        signal.siginterrupt(SIGNAL, False)  # libraries in C see no interrupted call
-
-
-def _dump(number: int = SIGNAL, frame: object = None) -> None:
-    """Write all stacks; whoever calls holds the GIL, so that none of them changes meanwhile."""
-    if _file is not None:
-        faulthandler.dump_traceback(file=_file, all_threads=True)
 
 
 def _open_file() -> None:
@@ -63,11 +49,7 @@ def _open_file() -> None:
         _file = os.memfd_create(FILE_NAME)
     except OSError:  # out of descriptors: it shares its parent's file
         return
-    faulthandler.register(FORCED, file=_file, all_threads=True, chain=False)
-    if (
-        signal.getsignal(SIGNAL) is not _dump
-    ):  # of a thread that may not set it: better asked by force than killed
-        faulthandler.register(SIGNAL, file=_file, all_threads=True, chain=False)
+    faulthandler.register(SIGNAL, file=_file, all_threads=True, chain=False)
     _owner = os.getpid()
     if inherited is not None:
         os.close(inherited)
@@ -91,7 +73,7 @@ def of_process(pid: int, answer_s: float = ANSWER_S) -> str:
         dump = _ask(pid, file, answer_s, wake=stopped)
     except OSError as error:
         dump = f"(cannot be asked: {error})\n"
-    return heading + (dump or f"(no answer within {2 * answer_s:.0f} s)\n")
+    return heading + (dump or f"(no answer to {SIGNAL.name} within {answer_s:.0f} s)\n")
 
 
 def of_family(pid: int | None = None, answer_s: float = ANSWER_S) -> str:
@@ -130,31 +112,19 @@ def _dump_file(pid: int) -> Path | None:
 def _ask(pid: int, file: Path, answer_s: float, *, wake: bool) -> str:
     with file.open("rb") as dump:
         before = dump.seek(0, io.SEEK_END)
-        if pid == os.getpid():
-            _dump()
-        elif wake:  # it shall not run for longer than it must
-            _answers(pid, FORCED, dump, before, answer_s, wake=True)
-        elif not _answers(pid, SIGNAL, dump, before, answer_s, wake=False):
-            _answers(pid, FORCED, dump, before, answer_s, wake=False)
+        os.kill(pid, SIGNAL)
+        if wake:
+            os.kill(pid, signal.SIGCONT)
+        try:
+            _wait_until_written(dump, before, answer_s)
+        finally:
+            if wake:
+                os.kill(pid, signal.SIGSTOP)
         dump.seek(before)
         return dump.read().decode("utf-8", "replace")
 
 
-def _answers(
-    pid: int, number: int, dump: io.BufferedReader, before: int, answer_s: float, *, wake: bool
-) -> bool:
-    os.kill(pid, number)
-    if wake:
-        os.kill(pid, signal.SIGCONT)
-    try:
-        return _is_written(dump, before, answer_s)
-    finally:
-        if wake:
-            os.kill(pid, signal.SIGSTOP)
-
-
-def _is_written(dump: io.BufferedReader, before: int, answer_s: float) -> bool:
-    """Wait until the dump has grown and grows no more; False if it has not begun in time."""
+def _wait_until_written(dump: io.BufferedReader, before: int, answer_s: float) -> None:
     deadline = time.monotonic() + answer_s
     size, since = before, time.monotonic()
     while time.monotonic() < deadline:
@@ -162,8 +132,7 @@ def _is_written(dump: io.BufferedReader, before: int, answer_s: float) -> bool:
         if (now := dump.seek(0, io.SEEK_END)) != size:
             size, since = now, time.monotonic()
         elif size > before and time.monotonic() - since > WRITTEN_S:
-            return True
-    return size > before
+            return
 
 
 def _heading(process: psutil.Process) -> str:
