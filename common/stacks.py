@@ -1,8 +1,10 @@
 """Where every thread of a process stands, for a run that stands still.
 
 Invariant: a dump is written by the process itself, in C, from a signal handler (faulthandler): it needs neither
-the GIL nor a thread that still runs, so that a deadlocked process can be asked as well as a healthy one. Only a
-process that has said it is ready for the signal (`arm`) is ever sent it; for others the kernel's view must do.
+the GIL nor a thread that still runs, so that a deadlocked process can be asked as well as a healthy one. It may read
+a frame that another thread is just leaving, and crash: a process never sends the signal to itself, but writes its own
+stacks while it holds the GIL and nothing can change. Only a process that has said it is ready for the signal (`arm`)
+is ever sent it; for others the kernel's view must do.
 
 A dump goes to an anonymous file in memory, which whoever asks reads through /proc: nothing is on disk before
 somebody asks. Forked children are armed with a file of their own; spawned ones call `arm` themselves.
@@ -27,8 +29,9 @@ from common.messages import MAX_STACKS_CHARS, Pulse, Stacks
 SIGNAL = signal.SIGUSR2  # Slurm's warning before the time limit is USR1
 FILE_NAME = "slipstream-stacks"
 WRITTEN_S = 0.1  # a dump that has not grown for so long is complete
+AWAKE_S = 0.01  # the same for a process that was stopped: it shall hardly get on meanwhile
 ANSWER_S = 1.0
-POLL_S = 0.02
+POLL_S = 0.002
 
 _file: int | None = None
 _owner: int | None = None  # process that opened `_file`; a fork inherits both
@@ -112,26 +115,33 @@ def _dump_file(pid: int) -> Path | None:
 def _ask(pid: int, file: Path, answer_s: float, *, wake: bool) -> str:
     with file.open("rb") as dump:
         before = dump.seek(0, io.SEEK_END)
-        os.kill(pid, SIGNAL)
-        if wake:
-            os.kill(pid, signal.SIGCONT)
-        try:
-            _wait_until_written(dump, before, answer_s)
-        finally:
-            if wake:
-                os.kill(pid, signal.SIGSTOP)
+        if pid == os.getpid() and _file is not None:
+            faulthandler.dump_traceback(file=_file, all_threads=True)
+        else:
+            _send(pid, dump, before, answer_s, wake=wake)
         dump.seek(before)
         return dump.read().decode("utf-8", "replace")
 
 
-def _wait_until_written(dump: io.BufferedReader, before: int, answer_s: float) -> None:
+def _send(pid: int, dump: io.BufferedReader, before: int, answer_s: float, *, wake: bool) -> None:
+    os.kill(pid, SIGNAL)
+    if wake:
+        os.kill(pid, signal.SIGCONT)
+    try:
+        _wait_until_written(dump, before, answer_s, AWAKE_S if wake else WRITTEN_S)
+    finally:
+        if wake:
+            os.kill(pid, signal.SIGSTOP)
+
+
+def _wait_until_written(dump: io.BufferedReader, before: int, answer_s: float, quiet_s: float) -> None:
     deadline = time.monotonic() + answer_s
     size, since = before, time.monotonic()
     while time.monotonic() < deadline:
         time.sleep(POLL_S)
         if (now := dump.seek(0, io.SEEK_END)) != size:
             size, since = now, time.monotonic()
-        elif size > before and time.monotonic() - since > WRITTEN_S:
+        elif size > before and time.monotonic() - since > quiet_s:
             return
 
 

@@ -68,6 +68,12 @@ class Eye:
         found = sorted((self.folder / "stacks").glob(f"*-{who}.txt"))
         return found[-1].read_text() if found else ""
 
+    def stacks_of_stopped(self, pid: int) -> str:
+        """As written while process `pid` was stopped, by whoever asked it: the broker, whose child it is here, asks
+        for its own family too, and once woken for that the process may answer by itself."""
+        files = map(Path.read_text, sorted((self.folder / "stacks").glob("*.txt")))
+        return next((text for text in files if f"process {pid} (stopped)" in text), "")
+
     def metric(self, name: str) -> float:
         port = json.loads((self.folder / "broker.json").read_text())["metrics_port"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
@@ -126,9 +132,9 @@ def test_frozen_learner_that_was_given_up_for_dead(tmp_path: Path) -> None:
         until(lambda: eye.status()["step"] >= 2, "the run goes on")
         frozen.send_signal(signal.SIGSTOP)
         until(eye.stalled, "the standstill is noticed")
-        until(lambda: "(stopped)" in eye.stacks("learner"), "stacks of a process that cannot answer")
-        assert "_heartbeats" in eye.stacks("learner")
-        assert psutil.Process(frozen.pid).status() == psutil.STATUS_STOPPED, "it is left as it was"
+        until(lambda: eye.stacks_of_stopped(frozen.pid), "stacks of a process that cannot answer")
+        assert "_heartbeats" in eye.stacks_of_stopped(frozen.pid)
+        until(lambda: psutil.Process(frozen.pid).status() == psutil.STATUS_STOPPED, "it is left as it was")
         until(lambda: eye.stacks("actor-0"), "the actor waits in good health, and is asked too")
 
         frozen.send_signal(signal.SIGCONT)
