@@ -79,7 +79,7 @@ def _serve(recipe_json: str) -> None:
 
 @contextmanager
 def broker(recipe: Recipe) -> Iterator[tuple[str, psutil.Process]]:
-    """A broker process on its own core; yields its address and the process."""
+    """A broker process; yields its address and the process."""
     process = _SPAWNED.Process(target=_serve, args=(recipe.model_dump_json(),))
     process.start()
     try:

@@ -125,9 +125,8 @@ class Connection:
         self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         self.socket.connect(f"tcp://{address}")
         self.numbers = itertools.count(1)
-        self.early: dict[
-            int, tuple[msgspec.Raw, list[zmq.Frame]]
-        ] = {}  # replies that nobody has asked for yet
+        # Replies that nobody has asked for yet, by their request's number.
+        self.early: dict[int, tuple[msgspec.Raw, list[zmq.Frame]]] = {}
         hello = {"role": role, "peer": name, "software": SOFTWARE, "host": "benchmark", "pid": 1}
         self.welcome = self.ask("hello", hello)
 

@@ -142,18 +142,14 @@ class Index:
         counters = self.meta("ledger") if self._ledger is None else _unpack(self._ledger)
         if counters is None:
             return None
-        columns = (
-            "epoch, idx, position, state, lease, failures, actor, era, oldest, newest, step, reward, tokens"
-        )
-        rows = {GroupId(*row[:2]): row for row in self._db.execute(f"SELECT {columns} FROM groups")}
+        rows = {GroupId(*row[:2]): row for row in self._db.execute("SELECT * FROM groups")}
         groups = (Group(key, row[2], State(row[3]), *row[4:]) for key, row in (rows | self._groups).items())
         return Ledger.restore(rules, counters, groups)
 
     def places(self) -> Iterator[tuple[GroupId, Place]]:
         """Where every group lies that is kept."""
-        columns = "epoch, idx, segment, start, frame, a, b, c"
         rows: dict[GroupId, tuple[int, ...] | None]
-        rows = {GroupId(*row[:2]): row for row in self._db.execute(f"SELECT {columns} FROM entries")}
+        rows = {GroupId(*row[:2]): row for row in self._db.execute("SELECT * FROM entries")}
         for key, row in (rows | self._entries).items():
             if row is not None:
                 yield key, Place(row[2], row[3], tuple(row[4:]))

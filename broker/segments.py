@@ -56,20 +56,21 @@ class Segments:
 
     def _open_next(self) -> None:
         """Begin a new file: whatever a crash left at the end of the last one is never read."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        writer = os.open(self._path(self._number + 1), flags, 0o644)
         if self._writer >= 0:
             os.close(self._writer)
-        self._number += 1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._writer = os.open(self._path(self._number), flags, 0o644)
+        self._writer, self._number = writer, self._number + 1
         self._start = self._end = 0
         if self.fsync:
             _sync_folder(self.folder)
 
     def append(self, entries: Iterable[Entry]) -> list[Place]:
         """Write groups; returns their places, which are not held yet. Raises OSError; `undo` then takes it back."""
+        self._start = self._end
         if self._end > SEGMENT_BYTES:
             self._open_next()
-        self._start = end = self._end
+        end = self._end
         places: list[Place] = []
         buffers: list[Buffer] = []
         for entry in entries:

@@ -5,12 +5,11 @@ Invariant: every figure is computed from the recipe, the model's sizes and this 
 
 from __future__ import annotations
 
-import os
-
 from common.model_files import ModelShape
 from common.recipe import Recipe
 from common.telemetry import visible_gpus
 from deploy.launch.layout import Share, share_out
+from deploy.launch.machine import this_machine
 from deploy.memory import MIB, Device, actor_memory, learner_memory, smallest_gpu_bytes
 from deploy.preflight import meant_for_gpus
 
@@ -107,7 +106,7 @@ def _devices(recipe: Recipe) -> str:
     if meant_for_gpus(recipe):
         wanted = recipe.learner.ranks + recipe.actor.count * recipe.actor.tensor_parallel
         return f"made for {wanted} GPUs; this machine has none"
-    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), visible_gpus())
+    layout = share_out(recipe, *this_machine())
     name = "GPU" if layout.device == "gpu" else "core"
 
     def part(share: Share) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 from common.errors import UserError
 from common.process import die_with_parent
 from common.recipe import Recipe, resolved_toml
-from common.telemetry import visible_gpus
 from deploy.folder import RECIPE_FILE, find_folder, read_address, read_recipe
 from deploy.launch.layout import share_out
+from deploy.launch.machine import this_machine
 from deploy.launch.supervisor import first_error
 
 START_S = 60.0
@@ -52,8 +52,14 @@ def start_replay(name: str) -> Path:
 
 
 def _take_learners_share(recipe: Recipe) -> None:
-    """Give this process the threads and GPUs that the launcher would, where the environment does not say."""
-    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), visible_gpus())
+    """Give this process the threads and GPUs that the launcher would, where the environment does not say.
+
+    On a machine that cannot hold the whole run the learner alone may still fit: it takes what there is.
+    """
+    try:
+        layout = share_out(recipe, *this_machine())
+    except UserError:
+        return
     for variable, value in layout.learner.environment().items():
         os.environ.setdefault(variable, value)
 

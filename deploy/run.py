@@ -81,13 +81,11 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
 
 
 def _workers(recipe: Recipe, folder: Path, resume: bool) -> list[Worker]:
-    import os
-
-    from common.telemetry import visible_gpus
     from deploy.launch.layout import share_out
+    from deploy.launch.machine import this_machine
     from deploy.launch.supervisor import Worker, command
 
-    layout = share_out(recipe, sorted(os.sched_getaffinity(0)), visible_gpus())
+    layout = share_out(recipe, *this_machine())
     resolved, run_folder = str(folder / "recipe.toml"), str(folder)
     ranks = ["--ranks", str(recipe.learner.ranks)] if recipe.learner.ranks > 1 else []
     learn = ["learner", "--run", run_folder, *ranks]

@@ -196,10 +196,10 @@ def _environments(recipe: Recipe, host: Host) -> dict[str, str]:
 
 def _shares(recipe: Recipe, host: Host) -> tuple[Share, tuple[Share, ...]]:
     """Parts of this host for its learner and its actors, as the one-machine launcher shares them out."""
-    from common.telemetry import visible_gpus
     from deploy.launch.layout import share_out
+    from deploy.launch.machine import this_machine
 
-    cores, gpus = sorted(os.sched_getaffinity(0)), visible_gpus()
+    cores, gpus = this_machine()
     counted = recipe.actor.model_copy(update={"count": max(1, host.actors)})
     layout = (
         share_out(recipe.model_copy(update={"actor": counted}), cores, gpus)

@@ -148,6 +148,27 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path: Path, what: str) -> None:
         assert [bytes(part) for part in again.get(group.key).payload] == PAYLOAD
 
 
+def test_a_segment_that_cannot_be_opened_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.segments.SEGMENT_BYTES", 1)
+    ledger, journal = Ledger(RULES), Journal(tmp_path)
+    groups = fill(ledger, journal, 2)
+    journal.save(ledger, None)
+    groups += fill(ledger, journal, 2)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(StoreFull, match="Too many open files"):
+            journal.save(ledger, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    journal.save(ledger, None)
+    again = Journal(tmp_path)
+    for group in groups:
+        assert [bytes(part) for part in again.get(group.key).payload] == PAYLOAD
+
+
 def test_a_damaged_segment_is_an_error_and_not_wrong_data(tmp_path: Path) -> None:
     ledger, journal = Ledger(RULES), Journal(tmp_path)
     groups = fill(ledger, journal, 2)
