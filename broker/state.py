@@ -28,7 +28,6 @@ from common.tasks.from_recipe import held_out_questions, training_questions
 from common.tracking.spool import Spool
 
 EVENTS_KEPT = 100
-BASELINES = ("dr_grpo", "grpo", "rloo")
 
 
 def rules_of(recipe: Recipe, questions: int) -> Rules:
@@ -44,16 +43,7 @@ def rules_of(recipe: Recipe, questions: int) -> Rules:
         lease_s=recipe.broker.lease_s,
         lease_max_s=recipe.broker.lease_max_s,
         unlisted_s=recipe.broker.dead_after_s,
-        zero_variance=recipe.batch.zero_variance if zero_gradient(recipe) else "train",
-    )
-
-
-def zero_gradient(recipe: Recipe) -> bool:
-    """Whether a group of equal rewards has no gradient: a group baseline, and no KL term beside it."""
-    algorithm = recipe.algorithm
-    preset = {"wo_len": "dr_grpo", "wo_std": "dr_grpo"}.get(algorithm.preset, algorithm.preset)
-    return (
-        (algorithm.advantage or preset) in BASELINES and not algorithm.kl_beta and not algorithm.kl_in_reward
+        zero_variance=recipe.equal_rewards,
     )
 
 

@@ -191,8 +191,9 @@ class RowBuilder:
         self._texts = texts
         self._objective = objective
         self._advantages = self._group_advantages()
-        keep = ~responses.truncated if mask_truncated else torch.ones(responses.count, dtype=torch.bool)
-        keep[sorted(texts.invalid)] = False
+        self._valid = torch.ones(responses.count, dtype=torch.bool)
+        self._valid[sorted(texts.invalid)] = False
+        keep = self._valid & ~responses.truncated if mask_truncated else self._valid
         self._keep = None if bool(keep.all()) else keep
 
     def _group_advantages(self) -> Tensor:
@@ -220,7 +221,7 @@ class RowBuilder:
             staleness=staleness,
             mask=None if self._keep is None else batch.per_token(self._keep),
         )
-        return Row(batch, tokens, staleness == 0)
+        return Row(batch, tokens, (staleness == 0) & batch.per_token(self._valid))
 
     def _lags(self, sample: int) -> np.ndarray:
         """[tokens] int64: versions between sampling and this step."""

@@ -5,6 +5,7 @@ Invariant: parts that do not go together are refused before anything starts; not
 
 from __future__ import annotations
 
+from common.recipe.presets import parts_of
 from common.recipe.schema import Recipe
 from learner.objectives import Objective, preset
 
@@ -16,18 +17,6 @@ def objective_of(recipe: Recipe) -> Objective:
         UserError: parts that do not go together.
     """
     settings = recipe.algorithm
-    chosen = {
-        "advantage": settings.advantage,
-        "loss": settings.loss,
-        "anchor": settings.anchor,
-        "correction": settings.correction,
-        "aggregation": settings.aggregation,
-        "clip_low": settings.clip_low,
-        "clip_high": settings.clip_high,
-        "dual_clip": settings.dual_clip,
-        "correction_floor": settings.correction_floor,
-        "correction_cap": settings.correction_cap,
-    }
     return preset(
         settings.preset,
         normaliser=recipe.normaliser,
@@ -39,5 +28,5 @@ def objective_of(recipe: Recipe) -> Objective:
         lam=settings.lam,
         value_clip=settings.value_clip,
         value_coefficient=settings.value_coefficient,
-        **{name: value for name, value in chosen.items() if value is not None},
+        **parts_of(settings),
     )

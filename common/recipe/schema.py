@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from common.recipe.presets import equal_rewards_are_neutral, has_group_baseline
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-GROUP_BASELINES = ("dr_grpo", "grpo", "rloo")
 
 
 class Section(BaseModel):
@@ -151,7 +151,7 @@ class BatchSection(Section):
     )
     zero_variance: Literal["count", "train", "refill"] = Field(
         "count",
-        description="Groups whose rewards are all equal: counted in N but not sent (same gradient), sent, or replaced by others (dynamic sampling).",
+        description="Groups whose rewards are all equal: counted in N but not sent (same gradient; sent where the objective would notice), sent, or replaced by others (dynamic sampling).",
     )
     truncated: Literal["zero", "mask"] = Field(
         "zero",
@@ -219,7 +219,9 @@ class AlgorithmSection(Section):
         0.0,
         description="Weight of the KL to the reference model in the loss (Table 6: 0; then no reference model is loaded).",
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL (GRPO: k3).")
+    kl_estimator: Literal["k2", "k3"] = Field(
+        "k3", description="Estimator of that KL (GRPO: k3; the gradient of k1 is 0 in the mean)."
+    )
     kl_in_reward: NonNegativeFloat = Field(
         0.0, description="Weight of the KL penalty in the reward (Table 6: 0)."
     )
@@ -456,16 +458,23 @@ class Recipe(Section):
         return self.algorithm.normaliser or float(self.rollout.max_tokens)
 
     @property
+    def equal_rewards(self) -> Literal["count", "train", "refill"]:
+        """What becomes of groups of equal rewards: `batch.zero_variance`, but never counted where that would
+        change the gradient."""
+        mode = self.batch.zero_variance
+        return "train" if mode == "count" and not equal_rewards_are_neutral(self.algorithm) else mode
+
+    @property
     def max_mismatch(self) -> float:
         """Limit of the engine / learner log-probability mismatch (I6), in nats per token."""
         return self.learner.max_mismatch or (0.02 if self.model.dtype == "float32" else 0.1)
 
 
 def _group_baseline(recipe: Recipe) -> None:
-    advantage = recipe.algorithm.advantage or recipe.algorithm.preset
-    if recipe.rollout.group_size == 1 and advantage not in ("ppo", "gae", "reinforce", "none"):
+    if recipe.rollout.group_size == 1 and has_group_baseline(recipe.algorithm):
+        name = recipe.algorithm.advantage or recipe.algorithm.preset
         raise ValueError(
-            f"rollout.group_size = 1 leaves algorithm '{advantage}' without a baseline: "
+            f"rollout.group_size = 1 leaves algorithm '{name}' without a baseline: "
             'take at least 2, or algorithm.preset = "reinforce" or "ppo"'
         )
 
@@ -492,15 +501,17 @@ def _value_head(recipe: Recipe) -> None:
         raise ValueError(
             f"algorithm.advantage = '{advantage}' contradicts algorithm.preset = 'ppo', which needs 'gae'"
         )
-    if recipe.algorithm.preset == "ppo" and recipe.batch.zero_variance != "train":
-        raise ValueError(
-            "algorithm.preset = 'ppo' learns from every response: set batch.zero_variance = 'train'"
-        )
 
 
 def _refill(recipe: Recipe) -> None:
-    if recipe.batch.zero_variance == "refill" and recipe.rollout.group_size == 1:
-        raise ValueError("batch.zero_variance = 'refill' needs rollout.group_size of at least 2")
+    if recipe.batch.zero_variance != "refill":
+        return
+    if not has_group_baseline(recipe.algorithm):
+        name = recipe.algorithm.advantage or recipe.algorithm.preset
+        raise ValueError(
+            f"batch.zero_variance = 'refill' contradicts algorithm '{name}', which has no group baseline and "
+            "learns from groups of equal rewards too: set 'train'"
+        )
 
 
 def _heartbeats(recipe: Recipe) -> None:

@@ -33,10 +33,9 @@ from learner.objectives.advantages import group_advantages, zero_variance
 from learner.objectives.aggregation import StepSize, sequence_weights
 from learner.objectives.metrics import TokenMetrics
 from learner.objectives.objective import Objective, ResponseTokens
-from learner.objectives.presets import PRESETS, preset
+from learner.objectives.presets import preset
 
 __all__ = [
-    "PRESETS",
     "Objective",
     "ResponseTokens",
     "StepSize",

@@ -13,21 +13,18 @@ from torch import Tensor
 
 from learner.objectives.choices import check_choice
 from learner.objectives.losses import MAX_LOG_RATIO
-from learner.objectives.segments import segment_sum
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k2", "k3")  # as a loss; k1 has the right value, and a gradient of 0 in the mean
 
 
 def kl_estimate(kind: str, logp: Tensor, logq: Tensor) -> Tensor:
-    """Estimate of KL(p ‖ q) per token, in nats.
+    """Estimate of KL(p ‖ q) per token, in nats, for a loss.
 
     Args:
         logp, logq: [T], log-probabilities of tokens sampled from p.
     """
     check_choice("algorithm.kl_estimator", kind, KL_ESTIMATORS)
     x = logq - logp
-    if kind == "k1":
-        return -x
     if kind == "k2":
         return 0.5 * x.square()
     x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -36,19 +33,4 @@ def kl_estimate(kind: str, logp: Tensor, logq: Tensor) -> Tensor:
 
 def token_penalties(coefficient: float, logp: Tensor, ref_logp: Tensor) -> Tensor:
     """−coefficient × k1 per token [T]: what each step's reward loses (PPO with a KL penalty in the reward)."""
-    return -coefficient * kl_estimate("k1", logp, ref_logp).detach()
-
-
-def penalised_rewards(
-    rewards: Tensor, coefficient: float, logp: Tensor, ref_logp: Tensor, sequence: Tensor
-) -> Tensor:
-    """Sequence rewards minus coefficient × Σ_t k1, for the group baselines.
-
-    Args:
-        rewards: [n]; logp, ref_logp: [T]; sequence: [T] int64 in 0..n−1.
-
-    Returns:
-        [n].
-    """
-    penalties = token_penalties(coefficient, logp, ref_logp).to(rewards.dtype)
-    return rewards + segment_sum(penalties, sequence, rewards.shape[0])
+    return -coefficient * (logp - ref_logp).detach()

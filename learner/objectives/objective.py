@@ -93,7 +93,7 @@ class Objective:
         correction_floor, correction_cap: bounds of ρ; None takes the correction's default.
         second_moment: τ of m2po.
         kl_beta: weight of the KL loss to a reference model; 0 needs no reference model.
-        kl_estimator: k1, k2 or k3, for that loss.
+        kl_estimator: k2 or k3, for that loss.
         kl_in_reward: weight of the KL penalty in the reward; 0 needs no reference model.
         gamma, lam: of gae.
         value_clip, value_coefficient: of the value loss; value_clip None leaves the clip out.

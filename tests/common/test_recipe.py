@@ -78,13 +78,14 @@ def test_extends_itself_is_refused(tmp_path: Path) -> None:
         ("run.name='a/b'", ["run.name"]),
         ("broker.dead_after_s=1", ["broker.dead_after_s", "heartbeat_s"]),
         ("algorithm.preset='drgrpo'", ["algorithm.preset", "dr_grpo"]),
-        ("algorithm.preset='ppo'", ["ppo", "zero_variance"]),
+        ("batch.zero_variance='refill' algorithm.preset='ppo'", ["ppo", "batch.zero_variance"]),
+        ("batch.zero_variance='refill' algorithm.advantage='none'", ["'none'", "batch.zero_variance"]),
         ("learner.lr", ["--set", "section.key=value"]),
         ("learner.lr.x=1", ["--set"]),
     ],
 )
 def test_one_sentence_names_the_setting(minimal: Path, override: str, words: list[str]) -> None:
-    overrides = [override] if not override.startswith("learner.lr.x") else ["learner.lr=1", override]
+    overrides = ["learner.lr=1", override] if override.startswith("learner.lr.x") else override.split()
     with pytest.raises(UserError) as caught:
         load_recipe(minimal, overrides)
     for word in words:

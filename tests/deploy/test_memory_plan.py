@@ -13,6 +13,7 @@ from actors.engine import CPU_KV_CACHE_MB
 from common.errors import UserError
 from common.model_files import KNOWN_SHAPES, ModelShape
 from common.recipe import Recipe, load_recipe
+from common.recipe.load import RECIPES
 from common.weights.publisher import Publisher
 from deploy import memory, preflight
 from deploy.memory import GIB, MIB, actor_memory, learner_memory, micro_batch_tokens, trained_parameters
@@ -170,3 +171,17 @@ def test_recipes_that_are_meant_for_gpus(
 def test_the_machine_has_some_memory() -> None:
     assert 0 < memory.free_host_bytes() < 1 << 60
     assert memory.smallest_gpu_bytes([]) is None
+
+
+OF_THE_PAPER = sorted(
+    path.stem for kind in ("paper", "fig8", "duet") for path in RECIPES.glob(f"{kind}-*.toml")
+)
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_every_recipe_of_the_paper_fits_its_gpus(name: str) -> None:
+    """8 x A100 of 80 GB."""
+    made = load_recipe(name)
+    shape = KNOWN_SHAPES[made.model.path]
+    for plan in (learner_memory(made, shape, "gpu"), actor_memory(made, shape, "gpu", 80e9)):
+        assert plan.total < 80e9, plan.terms

@@ -121,6 +121,7 @@ def test_a_broken_response_is_left_out_and_keeps_its_place(defect):
         assert left_out == broken & set(row.batch.samples)
         assert float(row.tokens.weights[0]) == pytest.approx(1 / (8 * 32))
         assert torch.isfinite(row.tokens.behaviour_logp).all()
+        assert row.current.tolist() == row.tokens.mask.tolist(), "nor does it say anything about the engine"
 
 
 def test_rewards_count_filtered_groups_and_staleness_counts_tokens():
