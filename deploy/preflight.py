@@ -24,13 +24,16 @@ MIB = 1 << 20
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
 
 
-def preflight(recipe: Recipe, *, questions: bool = True, ports: bool = True) -> ModelShape:
+def preflight(
+    recipe: Recipe, *, questions: bool = True, ports: bool = True, memory: bool = True
+) -> ModelShape:
     """Check a recipe against this machine; returns the model's sizes.
 
     Args:
         recipe: the resolved recipe.
         questions: also load the question sets (reads files; may ask the hub).
         ports: also check that fixed ports are free.
+        memory: also check that learner and actors fit into this machine; false where they will run on others.
     """
     check_template(recipe)
     check_addresses(recipe)
@@ -38,7 +41,8 @@ def preflight(recipe: Recipe, *, questions: bool = True, ports: bool = True) -> 
     shape = check_model(recipe)
     check_reward(recipe)
     check_disk(recipe, shape)
-    check_memory(recipe, shape)
+    if memory:
+        check_memory(recipe, shape)
     if questions:
         check_questions(recipe)
     if ports:

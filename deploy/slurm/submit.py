@@ -113,7 +113,7 @@ def submit_recipe(
         check_addresses(recipe)
     else:
         require_slurm()
-        preflight(recipe, ports=False)
+        preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
         _check_with_slurm(plan, scripts)
     existed = holds_a_run(recipe.folder)
     rehearsed = existed and _never_sent(recipe.folder)

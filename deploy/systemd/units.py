@@ -115,7 +115,7 @@ def write_units(recipe: Recipe, host: Host, *, program: tuple[str, ...] | None =
     if "broker" in host.workers:
         if host.join:
             raise UserError("this host runs the broker itself: leave it out.", setting="--join")
-        preflight(recipe, ports=False)
+        preflight(recipe, ports=False, memory=host.role is Role.all)  # a broker needs little
         if not holds_a_run(recipe.folder):
             prepare(recipe, resume=False, fresh=False)
     files = _render(recipe, host, program) | _environments(recipe, host)

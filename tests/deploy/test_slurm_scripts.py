@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.recipe import load_recipe
+from deploy.slurm import queue
 from deploy.slurm.plan import Options, cluster_overrides, make_plan
 from deploy.slurm.queue import Task, array_ranges, call, require_slurm
 from deploy.slurm.scale import plan_change
@@ -128,6 +129,28 @@ def test_the_paper_can_be_rehearsed_far_from_the_cluster(tmp_path, monkeypatch):
     assert "--array=0-11" in (tmp_path / "runs" / "paper-7b" / "slurm" / "actors.sbatch").read_text()
 
 
+@pytest.fixture
+def slurm(monkeypatch) -> list[tuple[str, ...]]:
+    """A Slurm that takes everything; the batch files that were sent, with their options."""
+    sent: list[tuple[str, ...]] = []
+
+    def submit_file(path: str, *options: str) -> int:
+        sent.append((Path(path).name, *options))
+        return 40 + len(sent)
+
+    for name in ("require_slurm", "require_partition", "try_script"):
+        monkeypatch.setattr(queue, name, lambda *_, **__: None)
+    monkeypatch.setattr(queue, "queued", lambda _: [])
+    monkeypatch.setattr(queue, "submit_file", submit_file)
+    return sent
+
+
+def test_a_login_nodes_memory_does_not_count(recipe_file, slurm):
+    options = Options(learner_nodes=1, actors=2, partition="p")
+    submit_recipe(resolved(recipe_file, options, "actor.kv_cache_mb=1000000000"), options)
+    assert slurm == [("head.sbatch",), ("actors.sbatch", "--dependency=after:41")]
+
+
 def test_without_slurm_nothing_is_written(recipe_file, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     options = Options(learner_nodes=1, actors=2, partition="p")
@@ -149,23 +172,23 @@ def test_array_ranges_say_exactly_the_indices(indices):
     assert said == sorted(indices)
 
 
-tasks = st.lists(
+entries_of_the_queue = st.lists(
     st.tuples(st.integers(0, 30), st.sampled_from(["PENDING", "RUNNING"]), st.booleans()),
     unique_by=lambda entry: entry[0],
     max_size=20,
 )
 
 
-@given(tasks, st.integers(0, 40))
+@given(entries_of_the_queue, st.integers(0, 40))
 def test_scaling_reaches_what_is_wanted(entries, wanted):
-    queue = [Task(7, index, state) for index, state, _ in entries]
+    tasks = [Task(7, index, state) for index, state, _ in entries]
     leaving = {Task(7, index, state).label for index, state, goes in entries if goes and state == "RUNNING"}
-    change = plan_change(queue, leaving, wanted)
-    staying = {task for task in queue if task.label not in leaving}
+    change = plan_change(tasks, leaving, wanted)
+    staying = {task for task in tasks if task.label not in leaving}
     going = {*change.cancel, *change.ask}
     assert len(staying - going) + len(change.add) == wanted
     assert going <= staying, "who was asked before is not asked again"
-    assert not set(change.add) & {task.index for task in queue}, "an index is an actor's name"
+    assert not set(change.add) & {task.index for task in tasks}, "an index is an actor's name"
     assert not (change.add and going)
     assert all(task.state == "PENDING" for task in change.cancel)
     if any(task.state == "PENDING" for task in staying - going):
