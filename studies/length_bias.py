@@ -69,10 +69,19 @@ class LengthBias(Study):
     default_seeds = 5
     expectations = (
         Expectation(
-            "Table 2: share of the five frameworks whose loss is biased", _table_2, 1.0, unit="frameworks"
+            "Table 2: share of the five frameworks whose loss is biased",
+            _table_2,
+            1.0,
+            unit="frameworks",
+            complete=True,
         ),
         Expectation(
-            "`constant`: change of a token's gradient with lengths", _constant, 1e-6, "at most", "probes"
+            "`constant`: change of a token's gradient with lengths",
+            _constant,
+            1e-6,
+            "at most",
+            "probes",
+            complete=True,
         ),
         Expectation(
             "length of wrong responses at the end, GRPO / Dr. GRPO",

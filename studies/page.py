@@ -27,12 +27,19 @@ _HEAD = """# The paper's experiments
 
 Rows, report and figure are in `studies/out/NAME/`; an interrupted study goes on where it was. `--seeds N` repeats
 more often. Every study states its expectations with a number before it runs. A claim is *confirmed* if the 95 %
-bootstrap interval over its repetitions lies wholly on the expected side of the number, *not confirmed* if wholly on
-the other, *unclear* otherwise, and always with fewer than three repetitions. A study is confirmed if all its claims
-are, and not confirmed if one is refuted. *After the run* says what was tried and the probable reason where a
-miniature did not confirm. What a miniature shows, it shows of the miniature. Base models are made
-first, about a minute of one core each, and kept in `studies/out/zoo` for all studies; the minutes below are without.
-Minutes are of one core, an upper bound where others used the machine.
+interval of its mean (Student's t over the repetitions) lies wholly on the expected side of the number, *not confirmed*
+if wholly on the other, *unclear* otherwise. There is no interval, and the claim is unclear, with fewer than three
+repetitions, and with fewer than six that all gave the same value, because such values do not tell how far others may
+lie. Where the values are all there are, and no sample, the mean alone decides. Ten studies have some fifty claims: of
+intervals of 95 %, one in twenty misses. A study is confirmed if all its claims are, and not confirmed if one is
+refuted.
+
+What a miniature shows, it shows of the miniature. In the studies that train (`dr-grpo` and below) a repetition is
+another seed of questions and sampling from one base model of a kind: the intervals say nothing about other base models
+or other held-out questions. In the studies that only sample (`templates`, `exploration`, `reflection`) it is another
+pretraining, measured on the same questions. *After the run* says what was tried and the probable reason where a
+miniature did not confirm. Base models are made first, about a minute of one core each, and kept in `studies/out/zoo`
+for all studies; the minutes below are without. Minutes are of one core, an upper bound where others used the machine.
 In the figures lines are means over seeds, bands one standard deviation, whiskers the range over seeds.
 
 With `--full`, `templates`, `exploration` and `reflection` also analyse a model behind an OpenAI-compatible server:

@@ -80,7 +80,7 @@ class Pretraining(Study):
     remark = (
         "The order of the ceilings is there: reward of plain llama stands still (0.12 to 0.13), numina more than "
         "doubles its accuracy. It does not start lowest: even 0.5 % of dialogues in R1's form "
-        " are enough for a parent that knew the form. Length does not move with either objective: the "
+        "is enough for a parent that knew the form. Length does not move with either objective: the "
         "probable reasons are those of `dr-grpo`."
     )
 

@@ -24,11 +24,11 @@ log = logging.getLogger("slipstream.studies")
 
 def write(study: Study, setting: Setting, rows: Sequence[Row], seconds: float) -> Verdict:
     """Write the three files into the study's folder."""
-    verdict = study.judge(rows)
+    verdict = study.judge(rows, full=setting.full)
     summary = {
         "study": study.name,
         "budget": str(setting.budget),
-        "seeds": list(setting.seeds),
+        "seeds": sorted({row["seed"] for row in rows if "seed" in row}),
         "minutes": round(seconds / 60, 2),
         "outcome": str(verdict.outcome),
         "findings": [finding.as_json() for finding in verdict.findings],
@@ -44,7 +44,7 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| expectation | expected | measured (95 % interval) | repetitions | verdict |"]
     lines.append("|---|---|---|---|---|")
     for finding in findings:
-        measured = _interval(finding["interval"])
+        measured = _measured(finding)
         repetitions = f"{finding['repetitions']} {finding['unit']}"
         cells = (finding["claim"], finding["expected"], measured, repetitions, f"**{finding['outcome']}**")
         lines.append(markdown_row(cells))
@@ -54,18 +54,23 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
 def screen_row(finding: Finding) -> tuple[str, ...]:
     """A finding for the terminal's table."""
     plain = finding.as_json()
-    return plain["claim"], plain["expected"], _interval(plain["interval"]), plain["outcome"]
+    return plain["claim"], plain["expected"], _measured(plain), plain["outcome"]
 
 
-def _interval(interval: Mapping[str, float] | None) -> str:
-    if interval is None:
+def _measured(finding: Mapping[str, Any]) -> str:
+    """Mean and interval; the mean alone where there is no interval."""
+    if finding["mean"] is None:
         return "not measured"
-    return "{mean:.3g} ({low:.3g} to {high:.3g})".format(**interval)
+    mean = f"{finding['mean']:.3g}"
+    if finding["interval"] is None:
+        return mean
+    low, high = finding["interval"]
+    return f"{mean} ({low:.3g} to {high:.3g})"
 
 
 def _markdown(study: Study, setting: Setting, rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     tables = "\n".join(table.markdown() for table in study.tables(rows))
-    seeds = ", ".join(map(str, setting.seeds))
+    seeds = ", ".join(map(str, summary["seeds"]))
     return (
         f"# {study.name}: {summary['outcome']}\n\n"
         f"Reproduces {study.shows} (arXiv 2503.20783). Budget: {setting.budget}. Seeds: {seeds}. "
@@ -98,11 +103,13 @@ def _upload(uri: str, study: Study, setting: Setting, verdict: Verdict) -> None:
     run = client.create_run(experiment, run_name=study.name).info.run_id
     client.set_tag(run, "outcome", str(verdict.outcome))
     client.log_param(run, "budget", str(setting.budget))
-    client.log_param(run, "seeds", str(list(setting.seeds)))
+    client.log_param(
+        run, "seeds", str(json.loads((setting.out / VERDICT).read_text(encoding="utf-8"))["seeds"])
+    )
     for number, finding in enumerate(verdict.findings):
         client.log_param(run, f"expectation_{number}", finding.expectation.claim)
-        if finding.interval is not None:
-            client.log_metric(run, f"expectation_{number}", finding.interval.mean)
+        if finding.mean is not None:
+            client.log_metric(run, f"expectation_{number}", finding.mean)
     for path in sorted(path for path in setting.out.iterdir() if path.is_file()):
         client.log_artifact(run, str(path))
     client.set_terminated(run)

@@ -43,8 +43,9 @@ def run_study(
         UserError: the folder holds rows of another setting.
     """
     store = RowStore(setting.out, _settings(setting), fresh=fresh)
-    generations = [] if setting.full else _missing_models(study, setting)
     units = [unit for unit in study.units(setting) if not store.has(unit.key)]
+    # Rows that are there are judged again without the models that gave them.
+    generations = [] if setting.full or not units else _missing_models(study, setting)
     total = sum(map(len, generations)) + len(units)
     workers = 1 if setting.full else max(1, min(jobs, total))
     done = count(1)

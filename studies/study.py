@@ -131,6 +131,6 @@ class Study(ABC):
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
         """Draw the study's figure."""
 
-    def judge(self, rows: Sequence[Row]) -> Verdict:
-        """What the rows say about the expectations."""
-        return judge(self.expectations, rows)
+    def judge(self, rows: Sequence[Row], *, full: bool = False) -> Verdict:
+        """What the rows, of a full-size run or not, say about the expectations that such rows can measure."""
+        return judge([stated for stated in self.expectations if stated.full or not full], rows)

@@ -72,19 +72,19 @@ def test_study_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_expectations_fail_on_rows_without_a_bias() -> None:
-    """Every objective gives the same curve: the claims about length must be refuted."""
+    """Every objective gives the same curve but for noise: the claims about length must be refuted."""
     rows = [
         {
             "kind": "curve",
             "algorithm": algorithm,
             "seed": seed,
             "step": step,
-            "reward": 0.9,
+            "reward": 0.9 + noise * seed / 1000,
             "length": 5.0,
-            "length_correct": 4.0,
-            "length_incorrect": 6.0 + seed,
+            "length_correct": 4.0 + noise * seed / 10,
+            "length_incorrect": 6.0 + noise * seed / 10,
         }
-        for algorithm in ("grpo", "dr_grpo", "wo_len", "wo_std")
+        for noise, algorithm in enumerate(("grpo", "dr_grpo", "wo_len", "wo_std"))
         for seed in range(3)
         for step in range(3)
     ]

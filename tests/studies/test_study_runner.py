@@ -31,7 +31,7 @@ class Counting(Study):
         if unit.key == "u2" and Counting.fails:
             raise RuntimeError("power cut")
         Counting.done.append(unit.key)
-        return [{"seed": unit.arguments["seed"], "value": 1.0}]
+        return [{"seed": unit.arguments["seed"], "value": 1.0 + unit.arguments["seed"] / 9}]
 
     def tables(self, rows) -> list[Table]:
         return [Table("t", [("a", "b"), ("x|y", str(len(rows)))])]
@@ -64,6 +64,14 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, counting: Counting) -> Non
     assert verdict.outcome is Outcome.CONFIRMED
     runner.run_study(counting, setting(tmp_path, seeds=4))  # more seeds only add
     assert Counting.done[3:] == ["u3"]
+
+
+def test_rows_are_judged_again_without_base_models(
+    tmp_path: Path, counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run_study(counting, setting(tmp_path))
+    monkeypatch.setattr(Counting, "models", lambda *_: pytest.fail("a base model was asked for"))
+    assert runner.run_study(counting, setting(tmp_path)).outcome is Outcome.CONFIRMED
 
 
 def test_fresh_begins_again(tmp_path: Path, counting: Counting) -> None:
