@@ -156,8 +156,9 @@ class Actor:
         )
 
     def _measure(self) -> dict[str, float]:
-        weights = {f"weights_{name}": value for name, value in self._weights.meters().items()}
-        numbers = {name: float(v) for name, v in weights.items() if isinstance(v, int | float)}
+        weights = dict(self._weights.meters())
+        failures = {f"failures_{cause}": count for cause, count in weights.pop("failures").items()}
+        numbers = {f"weights_{n}": float(v) for n, v in (weights | failures).items() if v is not None}
         return {
             **self._telemetry.sample(),
             **self._meters.report(),

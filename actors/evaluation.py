@@ -91,7 +91,7 @@ class Evaluator:
         if answers.greedy is None:
             return EvalRow(set=question.set, uid=question.uid, greedy=TOO_LONG, sampled=[])
         samples = [answers.greedy, *answers.sampled]
-        scores = await self._scorer.score(question.question, samples)
+        scores = await self._scorer.evaluate(question.question, samples)
         pairs = zip(samples, scores, strict=True)
         rows = [scored(sample, score, keep_text=keep_text) for sample, score in pairs]
         return EvalRow(set=question.set, uid=question.uid, greedy=rows[0], sampled=rows[1:])

@@ -1,7 +1,8 @@
 """Samples to verdicts and rewards.
 
-Invariant: every sample gets exactly one of the five verdicts. A response cut at the budget is `truncated` with
-reward 0, unseen by the verifier (paper section 3.4); a verifier that fails yields `unverified`, never `wrong`.
+Invariant: every sample gets exactly one of the five verdicts; a verifier that fails yields `unverified`, never `wrong`.
+In training a response cut at the budget is `truncated` with reward 0, unseen by the verifier (paper section 3.4). In an
+evaluation the paper reads it like any other: it is `correct` if its answer is, else `truncated`.
 """
 
 from __future__ import annotations
@@ -43,12 +44,21 @@ class Scorer:
         await self._grader.grade(r"\boxed{1/2}", {"problem": "", "answer": "0.5"})
 
     async def score(self, question: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
-        """Scores of all samples of a question, in order."""
-        return list(await asyncio.gather(*(self._one(question, sample) for sample in samples)))
+        """Scores of all samples of a question, in order, as training counts them."""
+        return list(await asyncio.gather(*(self._of_training(question, sample) for sample in samples)))
 
-    async def _one(self, question: Mapping[str, Any], sample: Sample) -> Score:
-        if sample.finish == "length":
-            return TRUNCATED
+    async def evaluate(self, question: Mapping[str, Any], samples: Sequence[Sample]) -> list[Score]:
+        """The same as an evaluation counts them: a right answer before the cut is right."""
+        return list(await asyncio.gather(*(self._of_evaluation(question, sample) for sample in samples)))
+
+    async def _of_training(self, question: Mapping[str, Any], sample: Sample) -> Score:
+        return TRUNCATED if sample.finish == "length" else await self._grade(question, sample)
+
+    async def _of_evaluation(self, question: Mapping[str, Any], sample: Sample) -> Score:
+        found = await self._grade(question, sample)
+        return TRUNCATED if sample.finish == "length" and found.verdict != "correct" else found
+
+    async def _grade(self, question: Mapping[str, Any], sample: Sample) -> Score:
         self.waiting += 1
         try:
             found = await self._grader.grade(sample.text, question)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from common.evaluation.report import short_name
@@ -168,18 +169,22 @@ class Evaluations:
 def metrics_of(rows: Iterable[EvalRow]) -> dict[str, float]:
     """Shares and lengths over all sets, and per set as `SET/name`.
 
-    `pass1` is the share of correct answers among all sampled ones (temperature of the recipe), `greedy` among
-    the greedy ones; `unformatted`, `truncated` and `unverified` are shares of the sampled answers; lengths in
-    tokens, by verdict.
+    Over all sets `pass1` and `greedy` are means in which each set counts once, however many questions it has (the
+    paper's average over benchmarks, Table 4); the other figures are over all answers. `pass1` is the share of correct
+    answers among the sampled ones (temperature of the recipe), `greedy` among the greedy ones; `unformatted`,
+    `truncated` and `unverified` are shares of the sampled answers; lengths in tokens, by verdict.
     """
     by_set: dict[str, list[EvalRow]] = defaultdict(list)
     for row in rows:
         by_set[row.set].append(row)
     everything = [row for group in by_set.values() for row in group]
+    of_sets = {name: _shares(group) for name, group in sorted(by_set.items())}
     metrics = _shares(everything)
+    for key in metrics.keys() & {"greedy", "pass1"}:
+        metrics[key] = fmean(found[key] for found in of_sets.values() if key in found)
     names = _names(by_set)
-    for name, group in sorted(by_set.items()):
-        metrics.update({f"{names[name]}/{key}": value for key, value in _shares(group).items()})
+    for name, found in of_sets.items():
+        metrics.update({f"{names[name]}/{key}": value for key, value in found.items()})
     return metrics
 
 

@@ -39,7 +39,7 @@ def grade_file(
         path: the file, or `-` for standard input.
         output: where the graded lines go; None or `-` for standard output.
         level: `fast` or `full`.
-        template: `boxed`, `answer_tag` or `auto`.
+        template: `boxed`, `answer_tag`, `answer` or `auto`.
         workers: verifier processes.
         deadline_s: seconds per response.
 
@@ -194,7 +194,10 @@ def grade(
         str, typer.Option(help="`fast`, or `full` (as strict, finds more equalities).")
     ] = "full",
     template: Annotated[
-        str, typer.Option(help="Where answers stand: `boxed`, `answer_tag`, or `auto` (whichever there is).")
+        str,
+        typer.Option(
+            help="Where answers stand: `boxed`, `answer_tag` (after </think>), `answer` (the element alone), or `auto` (whichever there is)."
+        ),
     ] = "auto",
     workers: Annotated[int, typer.Option(help="Verifier processes.")] = 2,
     deadline: Annotated[float, typer.Option(help="Seconds per response; past it: `unverified`.")] = 2.0,

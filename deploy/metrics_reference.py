@@ -33,11 +33,11 @@ MLflow draws one chart section per part before the last slash, so that `learner/
 
 def page() -> str:
     """The whole page."""
-    lines = [HEAD]
+    lines, escaped = [HEAD], r"\|"
     for group, what in GROUPS.items():
         lines += [f"## {group}", "", what, "", "| metric | unit | what |", "|---|---|---|"]
         lines += [
-            f"| `{entry.full_name}` | {entry.unit} | {entry.what} |"
+            f"| `{entry.full_name}` | {entry.unit} | {entry.what.replace('|', escaped)} |"
             for entry in TABLE
             if entry.group == group
         ]

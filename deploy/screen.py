@@ -78,7 +78,8 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
         "staleness",
         f"mean {number(train.get('staleness_mean'), '.2f')}, max {staleness['max']} of {staleness['bound']}",
         "queue",
-        f"{queue['untaken']} buffered, {status['leases']['count']} in flight, {queue['wanted_per_step']} a step",
+        f"{queue['untaken'] - status['leases']['count']} buffered, {status['leases']['count']} in flight, "
+        f"{queue['wanted_per_step']} a step",
     )
     table.add_row(
         "length",

@@ -14,7 +14,7 @@ from typing import Literal
 
 from common.errors import UserError
 
-Extraction = Literal["boxed", "answer_tag"]
+Extraction = Literal["boxed", "answer_tag", "answer"]
 PLACEHOLDER = "{question}"
 
 _R1_RULES = (
@@ -68,7 +68,8 @@ class Template:
         render: question text to prompt text.
         stop: strings at which generation stops; empty means the model's own end-of-sequence token.
         include_stop: whether the stop string stays in the response (the answer tag's rule needs it).
-        extraction: `boxed` reads the last `\\boxed{}`, `answer_tag` the `<answer>` element.
+        extraction: `boxed` reads the last `\\boxed{}`, `answer_tag` the `<answer>` element after `</think>`, `answer`
+            any.
     """
 
     name: str
@@ -100,7 +101,7 @@ _REGISTRY: dict[str, _Entry] = {
     "qwen_math": _Entry(_QWEN_MATH),
     "no": _Entry("{question}"),
     "prime_zero": _Entry(_PRIME_ZERO),
-    "open_reasoner_zero": _Entry(_OPEN_REASONER_ZERO, ("</answer>",), True, "answer_tag"),
+    "open_reasoner_zero": _Entry(_OPEN_REASONER_ZERO, ("</answer>",), True, "answer"),
     "llama_instruct": _Entry(
         "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.\n\n", chat=True
     ),

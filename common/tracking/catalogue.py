@@ -59,7 +59,7 @@ ACTOR = (
     ("reward", "", "mean reward of these responses"),
     ("accuracy", "share", "correct responses / responses"),
     ("format_share", "share", "responses with an answer in the form that the template asks for (correct or wrong) / responses"),
-    ("truncated", "share", "responses without an answer that hit the token budget / responses"),
+    ("truncated", "share", "responses that hit the token budget / responses"),
     ("unverified", "share", "responses that the verifier gave up on / responses"),
     ("length", "tokens", "mean length of a response"),
     ("length_correct", "tokens", "mean length of a correct response"),
@@ -127,7 +127,7 @@ LEARNER = (
     ("verdict_correct", "share", "correct responses / responses sent to the learner"),
     ("verdict_wrong", "share", "wrong ones, over the same"),
     ("verdict_unformatted", "share", "those without an answer in the form asked for, over the same"),
-    ("verdict_truncated", "share", "those cut off at the token budget before an answer, over the same"),
+    ("verdict_truncated", "share", "those cut off at the token budget (reward 0, whatever they say), over the same"),
     ("verdict_unverified", "share", "those that the verifier gave up on, over the same"),
     ("length", "tokens", "mean length of a response sent to the learner"),
     ("length_correct", "tokens", "of these, of the correct ones"),
@@ -174,14 +174,14 @@ _STALENESS = (
 
 _EVAL_BLOCK = (
     ("questions", "questions", "answered"),
-    ("greedy", "share", "correct greedy answers / questions"),
+    ("greedy", "share", "correct greedy answers / questions, each set counted once in the mean over sets"),
     ("greedy_length", "tokens", "mean length of a greedy answer"),
-    ("pass1", "share", "correct sampled answers / sampled answers (`eval.samples` each, at `eval.temperature`): pass@1"),
+    ("pass1", "share", "correct sampled answers / sampled answers (`eval.samples` each, at `eval.temperature`): pass@1; each set counted once in the mean over sets"),
     ("length", "tokens", "mean length of a sampled answer"),
     ("length_correct", "tokens", "of the correct ones"),
     ("length_incorrect", "tokens", "of all others"),
     ("unformatted", "share", "sampled answers without the form asked for / sampled answers"),
-    ("truncated", "share", "sampled answers cut off before an answer, over the same"),
+    ("truncated", "share", "sampled answers cut off before a right answer, over the same"),
     ("unverified", "share", "sampled answers that the verifier gave up on, over the same"),
 )  # fmt: skip
 

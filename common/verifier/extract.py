@@ -10,6 +10,8 @@ balanced braces. No box, an unclosed last box, `\fbox` and `\boxed 5` are unform
 without `</answer>`; if it holds a `\boxed`, the box decides, and an unclosed one is a wrong answer, not an
 unformatted one.
 
+`answer` (the paper's `answer_tag_reward_fn_for_orz`): the same without `</think>`: `<answer>` and `</answer>` suffice.
+
 `auto` (for grading other people's files, never for training): the last box, `\fbox` and `\boxed 5` included; else the
 last `<answer>` element; else the final-answer text (`freeform`).
 """
@@ -18,12 +20,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .freeform import final_answer
 
-Template = Literal["boxed", "answer_tag", "auto"]
-TEMPLATES: tuple[Template, ...] = ("boxed", "answer_tag", "auto")
+Template = Literal["boxed", "answer_tag", "answer", "auto"]
+TEMPLATES: tuple[Template, ...] = get_args(Template)
+TAGGED: tuple[Template, ...] = ("answer_tag", "answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,10 @@ def extract(response: str, template: Template, *, allow_tag_whitespace: bool = F
     if template == "boxed":
         return _from_box(response)
     if template == "answer_tag":
-        return _from_tags(response, allow_tag_whitespace)
+        opened = _LOOSE_TAGS.search(response) if allow_tag_whitespace else _STRICT_TAGS in response
+        return _from_tags(response, "</think> <answer>", bool(opened))
+    if template == "answer":
+        return _from_tags(response, "<answer>", "<answer>" in response)
     return _auto(response)
 
 
@@ -124,10 +130,9 @@ def _tail_start(response: str) -> int:
     return start
 
 
-def _from_tags(response: str, allow_whitespace: bool) -> Extraction:
-    opened = _LOOSE_TAGS.search(response) if allow_whitespace else _STRICT_TAGS in response
+def _from_tags(response: str, opening: str, opened: bool) -> Extraction:
     if not opened or "</answer>" not in response:
-        return Extraction(None, reason="no '</think> <answer>' ... '</answer>' in the response")
+        return Extraction(None, reason=f"no '{opening}' ... '</answer>' in the response")
     answer = response.rpartition("<answer>")[2].replace("</answer>", "")
     if "\\boxed" in answer:
         return Extraction(last_box(answer) or "")

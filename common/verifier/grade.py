@@ -28,7 +28,7 @@ from typing import Literal
 
 from ..errors import UserError
 from .compare import equal
-from .extract import TEMPLATES, Extraction, Template, adjacent_boxes, extract, last_box
+from .extract import TAGGED, TEMPLATES, Extraction, Template, adjacent_boxes, extract, last_box
 from .freeform import final_answer
 from .full import math_verify_equal
 from .grammar import ParseError, parse_answer
@@ -77,7 +77,7 @@ def grade(
 def answers_of(found: Extraction, template: Template, level: Level) -> tuple[str, ...]:
     """The extracted answer and its other readings; inside tags, prose is only searched at level `full`."""
     assert found.answer is not None
-    return (found.answer, *(found.alternatives if template != "answer_tag" or level == "full" else ()))
+    return (found.answer, *(found.alternatives if template not in TAGGED or level == "full" else ()))
 
 
 def any_match(answers: tuple[str, ...], golds: tuple[str, ...], level: Level) -> str | None:

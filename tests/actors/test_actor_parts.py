@@ -72,6 +72,11 @@ class TestScores:
         assert scores == [Score("truncated", 0.0), Score("correct", 1.0), Score("wrong", 0.0)]
         assert (grader.asked, scorer.waiting) == (2, 0)
 
+    def test_an_evaluation_reads_what_stands_before_the_cut(self):
+        samples = [a_sample(text=text, finish="length") for text in ("right", "no")]
+        scores = asyncio.run(Scorer(FakeGrader()).evaluate({"answer": "2"}, samples))
+        assert scores == [Score("correct", 1.0), Score("truncated", 0.0)]
+
     def test_meters_count_verdicts_and_rates(self):
         meters = Meters()
         meters.generated([a_sample(3), a_sample(5)], 0.5)

@@ -57,6 +57,8 @@ def test_one_screen_says_it_all(status: dict[str, Any]) -> None:
         assert any(words in line for line in lines), words
     rate = status["peers"]["actor-0"]["tokens_per_s"]
     assert f"{rate:,.0f} tokens/s" in line_of(lines, "actor-0")
+    queue, leases = status["queue"], status["leases"]["count"]
+    assert f"{queue['untaken'] - leases} buffered, {leases} in flight" in line_of(lines, "queue")
     assert len(lines) < 25
 
 

@@ -53,7 +53,7 @@ def test_a_question_with_braces_is_left_alone() -> None:
     ("name", "stop", "include_stop", "extraction"),
     [
         ("r1", ["</answer>"], True, "answer_tag"),
-        ("open_reasoner_zero", ["</answer>"], True, "answer_tag"),
+        ("open_reasoner_zero", ["</answer>"], True, "answer"),
         ("qwen_math", [], False, "boxed"),
         ("no", [], False, "boxed"),
         ("prime_zero", [], False, "boxed"),

@@ -47,6 +47,13 @@ def test_answer_tags_are_strict(response: str, answer: str | None) -> None:
     assert extract(response, "answer_tag").answer == answer
 
 
+def test_the_element_alone_suffices_where_the_template_asks_for_no_more() -> None:
+    response = r"so it is five. <answer> \boxed{5} </answer>"
+    assert grade(response, "5", template="answer").verdict is Outcome.CORRECT
+    assert grade(response, "5", template="answer_tag").verdict is Outcome.UNFORMATTED
+    assert grade(r"five: \boxed{5}", "5", template="answer").verdict is Outcome.UNFORMATTED
+
+
 @pytest.mark.parametrize("gap", ["", " ", "\n", "\n\n", " \t "])
 def test_white_space_between_tags_on_request(gap: str) -> None:
     response = f"x</think>{gap}<answer>5</answer>"
