@@ -5,7 +5,7 @@ finished, handed back, or taken back by the broker.
 
 | what happens | what the actor does | exit code |
 |---|---|---|
-| broker gone | keeps its work, asks again, says so | - |
+| broker gone, or not there yet | keeps its work, asks again, says so | - |
 | SIGTERM, Ctrl-C, or told to drain | finishes what is in flight within a deadline, hands back the rest | 0 |
 | a second signal, or told to stop | leaves at once, engine included | 0 |
 | the engine died, or a weight swap failed half-way | hands back its leases; a fresh process goes on | 3 |
@@ -29,6 +29,7 @@ from actors.actor import Actor
 from actors.engine import Engine, EngineLostError, engine_arguments
 from actors.weights import EngineDamagedError
 from common import stacks
+from common.accelerator import require_gpu_build
 from common.errors import EXIT_RESTART, RunFailedError, UserError, report
 from common.messages import Goodbye, Hello, Welcome
 from common.model_files import require_tokenizer, tokenizer_digest
@@ -39,7 +40,7 @@ from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError
 
 log = logging.getLogger("slipstream.actor")
 
-JOIN_S = 300.0  # how long the first answer of the broker is waited for
+NOTICE_S = 60.0  # how often an actor that waits for the broker's first answer says so
 GOODBYE_S = 1.0
 EXIT_S = {"stop": 4.0, "drain": 10.0}  # backstop for whatever hangs on the way out
 
@@ -56,13 +57,14 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
         Exit code: 0 when it left in order, 3 (`EXIT_RESTART`) when a fresh process should take its place.
 
     Raises:
-        UserError: no broker answers at `join`, or the model cannot be found here.
+        UserError: `join` is no address, the model cannot be found here, or torch cannot use this machine's GPU.
         RunFailedError: the broker refuses this actor, or vLLM cannot start.
     """
     stacks.arm()
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     welcome = _introduce(join, name, keys)
     recipe = Recipe.model_validate(welcome.recipe)
+    require_gpu_build(recipe.launch.device)
     require_tokenizer(recipe.model.path)
     _use_threads(recipe.actor.threads)
     log.info("starting vLLM on %s", recipe.model.path)
@@ -87,15 +89,23 @@ def _introduce(join: str, name: str, keys: Path | None) -> Welcome:
     """Get the recipe. As an observer: the broker counts an actor once its engine runs."""
     client = Client(join, _hello("observer", f"{name}-starting"), keys=keys)
     try:
-        welcome = client.connect(JOIN_S)
-        client.request(Goodbye(reason="has the recipe"), timeout_s=GOODBYE_S)
+        welcome = _patient_welcome(client)
+        with suppress(BrokerUnreachable):
+            client.request(Goodbye(reason="has the recipe"), timeout_s=GOODBYE_S)
         return welcome
-    except BrokerUnreachable as error:
-        raise UserError(str(error), setting="--join") from None
     except RefusedError as error:
         raise RunFailedError(f"the broker refused actor {name}: {error}") from None
     finally:
         client.close()
+
+
+def _patient_welcome(client: Client) -> Welcome:
+    """Wait for the broker however long it takes: its host may be down for hours, and nobody starts us again."""
+    while True:
+        try:
+            return client.connect(NOTICE_S)
+        except BrokerUnreachable as error:
+            log.warning("%s; still trying", error)
 
 
 def _use_threads(threads: int | None) -> None:

@@ -16,7 +16,7 @@ from actors.leaving import Leaving
 from actors.meters import Meters
 from actors.policy import Policy
 from actors.scoring import Score, Scorer
-from common.errors import RunFailedError, UserError
+from common.errors import RunFailedError
 from common.messages import EvalJob, EvalQuestion, Heartbeat, Pulse, Refused, WeightsAddress
 from common.model_files import tokenizer_digest
 from common.wire import BrokerUnreachable, RefusedError, Reply
@@ -225,11 +225,6 @@ class TestLeaving:
 
 
 class TestJoining:
-    def test_nobody_at_the_address(self, monkeypatch):
-        monkeypatch.setattr(actor_main, "JOIN_S", 0.05)
-        with pytest.raises(UserError, match=r"^--join: no answer from the broker at tcp://127.0.0.1:1 "):
-            actor_main.run_actor("127.0.0.1:1", name="a")
-
     def test_refused_by_the_broker(self, monkeypatch):
         def refuse(self, timeout_s):
             raise RefusedError(Refused(code="incompatible", reason="another version"))

@@ -123,14 +123,33 @@ def test_keys_of_the_workers_beside_the_broker(recipe: Path) -> None:
     assert "client.key_secret' does not exist" in refused(recipe, f"broker.keys='{keys}'")
 
 
-def test_nobody_listens_where_an_actor_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_listens_where_an_actor_is_sent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits, however long, and says again and again for whom and what may be wrong."""
     import actors.main
 
-    monkeypatch.setattr(actors.main, "JOIN_S", 0.5)
-    with pytest.raises(UserError) as caught:
+    connect, tries = actors.main.Client.connect, 0
+
+    def counted(client, timeout_s):
+        nonlocal tries
+        tries += 1
+        if tries > 2:
+            raise KeyboardInterrupt
+        return connect(client, timeout_s)
+
+    monkeypatch.setattr(actors.main, "NOTICE_S", 0.2)
+    monkeypatch.setattr(actors.main.Client, "connect", counted)
+    with pytest.raises(KeyboardInterrupt):
         actors.main.run_actor("127.0.0.1:9")
-    for words in ("--join: no answer from the broker at tcp://127.0.0.1:9", "is the port open", "keys"):
-        assert words in str(caught.value)
+    assert len(caplog.messages) == 2
+    for words in (
+        "no answer from the broker at tcp://127.0.0.1:9",
+        "is the port open",
+        "keys",
+        "still trying",
+    ):
+        assert words in caplog.messages[-1]
 
 
 def test_sbatch_is_absent(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
