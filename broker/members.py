@@ -17,6 +17,7 @@ LEFT = "left"
 MAX_PEERS = 5_000
 MAX_CONNECTIONS = 20_000
 RATE_WINDOW_S = 60.0
+FORGIVE_S = 60.0  # half of a peer's bad messages are forgiven in so long: a flood is shut out, a drip is not
 
 
 class Rate:
@@ -72,6 +73,8 @@ class Peer:
     telemetry: dict[str, float] = field(default_factory=dict)
     clock_off: bool = False  # and that has been said
     bad: int = 0
+    strikes: int = 0  # of the bad ones, not forgiven yet
+    forgiven: float = 0.0  # when half of them were forgiven last
     groups: int = 0
     tokens: int = 0
     token_rate: Rate = field(default_factory=Rate)
@@ -134,6 +137,7 @@ class Members:
             )
             if known is not None:
                 peer.bad, peer.groups, peer.tokens = known.bad, known.groups, known.tokens
+                peer.strikes, peer.forgiven = known.strikes, known.forgiven
             self._enter(peer, known)
         self._connections[connection] = hello.peer
         self._connections.move_to_end(connection)
@@ -186,20 +190,32 @@ class Members:
         """Living peers not heard of for too long."""
         return [peer for peer in self.peers.values() if peer.alive and now - peer.seen > self.dead_after_s]
 
-    def misbehaved(self, connection: bytes) -> int:
-        """Count a bad message against whoever sent it; returns their count."""
-        name = self._connections.get(connection)
-        if name is not None and name in self.peers:
-            self.peers[name].bad += 1
-            return self.peers[name].bad
+    def misbehaved(self, connection: bytes, now: float) -> int:
+        """Count a bad message against whoever sent it; returns how many are held against them."""
+        peer = self.peers.get(self._connections.get(connection, ""))
+        if peer is not None:
+            _forgive(peer, now)
+            peer.bad += 1
+            peer.strikes += 1
+            return peer.strikes
         self._strangers[connection] = self._strangers.get(connection, 0) + 1
         if len(self._strangers) > MAX_CONNECTIONS:
             self._strangers.popitem(last=False)
         return self._strangers[connection]
 
-    def shut_out(self, connection: bytes, name: str | None = None) -> bool:
+    def shut_out(self, connection: bytes, now: float, name: str | None = None) -> bool:
         """Whether the sender (or the peer that it says it is) is past the limit of bad messages."""
-        name = name or self._connections.get(connection)
-        peer = self.peers.get(name) if name is not None else None
-        bad = max(peer.bad if peer else 0, self._strangers.get(connection, 0))
+        peer = self.peers.get(name or self._connections.get(connection, ""))
+        if peer is not None:
+            _forgive(peer, now)
+        bad = max(peer.strikes if peer else 0, self._strangers.get(connection, 0))
         return bad >= self.max_bad
+
+
+def _forgive(peer: Peer, now: float) -> None:
+    """Halve what is held against a peer, once for each `FORGIVE_S` that have passed."""
+    if not peer.strikes:
+        peer.forgiven = now
+    times = int(max(0.0, now - peer.forgiven) / FORGIVE_S)
+    peer.strikes >>= times
+    peer.forgiven += times * FORGIVE_S

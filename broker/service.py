@@ -1,7 +1,7 @@
 """The broker's answers: requests in, replies and state changes out, without sockets or clocks of its own.
 
 Invariant: `receive` never raises and never changes state on a bad request (I8): it is answered with the reason,
-counted against its sender and, past `broker.max_bad_messages`, the sender is shut out. A request that cannot be
+counted against its sender and, past `broker.max_bad_messages`, the sender is shut out until some are forgiven. A request that cannot be
 answered yet waits here, at most as long as its sender said (I4).
 
 The loop calls `receive` for each message, then `settle` once, saves the store, and sends the outbox.
@@ -87,13 +87,13 @@ class Service:
         try:
             message, request = decode(header)
         except MalformedMessage as error:
-            self._bad(Origin(connection, request_number(header)), str(error))
+            self._bad(Origin(connection, request_number(header)), str(error), now)
             return
         origin = Origin(connection, request)
         try:
             self._answer(origin, message, header, frames[1:], now)
         except MalformedMessage as error:
-            self._bad(origin, f"{message.kind}: {error}")
+            self._bad(origin, f"{message.kind}: {error}", now)
         except LedgerError as error:
             self.outbox.refuse(origin, error.code, str(error))
         except (
@@ -153,7 +153,7 @@ class Service:
         if isinstance(message, Hello):
             self._hello(origin, message, now)
             return
-        if self.state.members.shut_out(origin.connection):
+        if self.state.members.shut_out(origin.connection, now):
             self.outbox.refuse(origin, "shut_out", "too many malformed messages")
             return
         peer = self.state.members.of(origin.connection)
@@ -182,9 +182,9 @@ class Service:
             return
         raise MalformedMessage(f"not a request that {peer.role}s may send")
 
-    def _bad(self, origin: Origin, reason: str) -> None:
+    def _bad(self, origin: Origin, reason: str, now: float) -> None:
         self.state.meters.bad_messages += 1
-        count = self.state.members.misbehaved(origin.connection)
+        count = self.state.members.misbehaved(origin.connection, now)
         limit = self.state.members.max_bad
         if count == limit:
             peer = self.state.members.of(origin.connection)
@@ -199,7 +199,7 @@ class Service:
 
     def _hello(self, origin: Origin, hello: Hello, now: float) -> None:
         state = self.state
-        if state.members.shut_out(origin.connection, hello.peer):
+        if state.members.shut_out(origin.connection, now, hello.peer):
             self.outbox.refuse(origin, "shut_out", "too many malformed messages")
             return
         if reason := self._incompatible(hello):

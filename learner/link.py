@@ -1,7 +1,8 @@
 """Rank 0's line to the broker: what must arrive arrives, in order, and training never waits for it.
 
 Invariant: a posted message is sent again until the broker has answered it, and before any message posted after
-it; an outage of the broker costs nothing but time (I4). A refusal is kept as `failure` and ends the run.
+it; an outage of the broker costs nothing but time (I4). A refusal, or whatever else ends the thread, is kept as
+`failure` and ends the run.
 Heartbeats go the same way; their answers bring the broker's command.
 """
 
@@ -24,6 +25,7 @@ from common.wire import BrokerUnreachable, Client, RefusedError
 log = logging.getLogger("slipstream.learner")
 
 ATTEMPT_S = 5.0
+NAME_CHARS = 200  # of a `messages.Name`
 GOODBYE_S = 2.0
 
 
@@ -75,7 +77,8 @@ class BrokerLink:
 
     def be(self, state: str, waiting_for: str | None = None) -> None:
         """Say what the learner does; `waiting_for` names whom it waits for."""
-        self._state = (state, waiting_for, time.monotonic())
+        shown = waiting_for[:NAME_CHARS] if waiting_for else None
+        self._state = (state, shown, time.monotonic())
 
     def moves(self, within_s: float) -> bool:
         """Whether the learner waits for somebody, or has done something else within the last `within_s` seconds."""
@@ -91,11 +94,16 @@ class BrokerLink:
         self._on_actors = tell
 
     def check(self) -> None:
-        """Raises RunFailedError if the broker refused what it must not refuse, HistoryLost if it forgot us."""
-        if isinstance(self.failure, HistoryLost):
-            raise self.failure
-        if self.failure is not None:
+        """Raise why the run cannot go on, if it cannot.
+
+        Raises:
+            RunFailedError: the broker refused what it must not refuse. HistoryLost: it forgot us.
+            Exception: whatever else ended the thread.
+        """
+        if isinstance(self.failure, RefusedError):
             raise RunFailedError(f"the broker refused the learner: {self.failure}")
+        if self.failure is not None:
+            raise self.failure
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that was posted is answered; False when `seconds` were not enough."""
@@ -104,7 +112,7 @@ class BrokerLink:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
-        return True
+        return not self._outbox.unfinished_tasks
 
     def close(self, reason: str, flush_s: float) -> bool:
         """Deliver what is left, say goodbye, stop; False when something could not be delivered."""
@@ -122,6 +130,13 @@ class BrokerLink:
     # --- the thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # raised by `check` in the training loop: nothing else would notice
+            log.exception("the learner's line to the broker broke")
+            self.failure = error
+
+    def _work(self) -> None:
         due = time.monotonic()
         while not self._closing.is_set() and self.failure is None:
             try:

@@ -74,5 +74,5 @@ def test_a_person_may_stop_a_finished_run_that_waits() -> None:
 def test_the_tables_of_strangers_are_bounded() -> None:
     members = Members(dead_after_s=30.0, max_bad=10)
     for number in range(30_000):
-        members.misbehaved(str(number).encode())
+        members.misbehaved(str(number).encode(), 0.0)
     assert len(members._strangers) <= 20_000

@@ -275,6 +275,26 @@ def test_past_the_limit_a_peer_is_shut_out_and_others_are_not(tmp_path: Path) ->
     assert "shut out after 5" in service.state.events[-1]["text"]
 
 
+def test_bad_messages_now_and_then_shut_nobody_out(tmp_path: Path) -> None:
+    """A peer that says one wrong thing a minute, all day, goes on; so does one that was shut out, in time."""
+    service = new_service(tmp_path, max_bad_messages=5)
+    actor = join(service, "actor")
+    for minute in range(100):
+        service.receive(actor, [memoryview(b"rubbish")], 60.0 * minute)
+    for second in range(5):
+        service.receive(actor, [memoryview(b"rubbish")], 6000.0 + second)
+    service.outbox.empty()
+
+    def ask(now: float) -> Message:
+        service.receive(actor, [memoryview(encode(Lease(capacity=1, version=0, era=0, wait_s=0.0), 1))], now)
+        service.settle(now)
+        return decode(service.outbox.empty()[-1].frames[0])[0]
+
+    assert getattr(ask(6004.0), "code", "") == "shut_out"
+    assert isinstance(ask(6200.0), Grant)
+    assert service.state.members.peers["actor"].bad == 105, "the status counts them all"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
