@@ -189,25 +189,48 @@ def learner(
     keys: KeysOption = None,
 ) -> None:
     """Run the learner: takes groups, trains with DeepSpeed, pushes weights into the running actors."""
+    from common.process import die_with_parent, leave
+
     set_up_logging()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # from the first line on: a killed torchrun leaves no rank that is still importing
     if replay is not None:
         from deploy.replay import start_replay
 
         run = str(start_replay(replay))
     address, found_keys = _find_broker(join, run, keys)
     if ranks > 1 and "RANK" not in os.environ:
-        _become_torchrun(ranks, address, found_keys, resume)
-    from common.process import leave
+        raise typer.Exit(_run_ranks(ranks, address, found_keys, resume))
     from learner.main import run_learner
 
-    leave(run_learner(address, resume=resume, keys=found_keys))
+    try:
+        code = run_learner(address, resume=resume, keys=found_keys)
+    except (UserError, RunFailedError) as error:
+        code = report(error)
+    leave(code)
 
 
-def _become_torchrun(ranks: int, address: str, keys: Path | None, resume: bool) -> None:
-    arguments = ["--standalone", f"--nproc-per-node={ranks}", "-m", "deploy", "learner", "--join", address]
-    arguments += ["--resume"] if resume else []
-    arguments += ["--keys", str(keys)] if keys else []
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments])
+def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int:
+    from common.messages import Goodbye
+    from common.wire import RefusedError
+    from deploy.launch.ranks import run_ranks
+    from deploy.watch import observer
+
+    client = observer(address, keys)
+    try:
+        folder = Path(client.connect(None).folder)
+        client.request(Goodbye(reason="knows the run folder"), timeout_s=None)
+    except RefusedError as error:
+        raise RunFailedError(f"the broker refused the learner: {error}") from None
+    finally:
+        client.close()
+    arguments = [
+        "--join",
+        address,
+        *(["--resume"] if resume else []),
+        *(["--keys", str(keys)] if keys else []),
+    ]
+    return run_ranks(ranks, arguments, folder)
 
 
 def track(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or name.")]) -> None:

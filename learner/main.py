@@ -25,6 +25,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from common import stacks
+from common.accelerator import require_gpu
 from common.errors import RunFailedError, UserError
 from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
 from common.model_files import tokenizer_digest
@@ -40,6 +41,7 @@ from learner.link import BrokerLink, RankLink
 from learner.metrics import Clock, batch_metrics, finite, update_metrics
 from learner.model import bytes_of_checkpoint, check_model, load_policy, load_reference, load_tokenizer
 from learner.objective import objective_of
+from learner.outcome import kept_outcome
 from learner.prepare import Preparation, Work
 from learner.push import WeightPush
 from learner.ranks import launched_rank, launched_world, leave_ranks, start_ranks
@@ -90,13 +92,14 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
     try:
         welcome = _patiently(control, control.hello, stop)
         assert isinstance(welcome, Welcome)
-        recipe = Recipe.model_validate(welcome.recipe)
-        _check_world(recipe)
-        if launched_rank() > 0:
-            RankLink(_observer(address, keys), welcome.heartbeat_s)
-        learner = Learner(recipe, welcome, stop, control, feed)
-        learner.start(resume)
-        return learner.run()
+        with kept_outcome(Path(welcome.folder)):
+            recipe = Recipe.model_validate(welcome.recipe)
+            _check_world(recipe)
+            if launched_rank() > 0:
+                RankLink(_observer(address, keys), welcome.heartbeat_s)
+            learner = Learner(recipe, welcome, stop, control, feed)
+            learner.start(resume)
+            return learner.run()
     except _Stopped:
         log.info("stopped before training began")
         return 0
@@ -160,6 +163,7 @@ class Learner:
     def start(self, resume: bool) -> None:
         """Load or restore everything, serve the first weights, and ask for the first batch."""
         recipe = self._recipe
+        require_gpu(recipe.launch.device)
         shape, objective = check_model(recipe), objective_of(recipe)
         self._ranks = start_ranks(recipe.learner.collective_timeout_s, recipe.learner.master_port)
         if self._ranks.leads:

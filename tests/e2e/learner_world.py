@@ -36,11 +36,9 @@ def learner_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
 
 
 def start_learner(address: str, log: Path, *, ranks: int = 1, resume: bool = False) -> subprocess.Popen:
-    """The learner as a process (or as torchrun's processes)."""
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    line = [*start, "learner", "--join", address, *(["--resume"] if resume else [])]
+    """`slipstream learner` as a process, or as one with torchrun and its ranks below it."""
+    line = [sys.executable, "-m", "deploy", "learner", "--join", address]
+    line += [*(["--resume"] if resume else []), *(["--ranks", str(ranks)] if ranks > 1 else [])]
     with log.open("ab") as output:
         return subprocess.Popen(
             line, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output

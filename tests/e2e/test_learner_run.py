@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,11 +127,13 @@ def test_a_killed_broker_is_waited_for(tmp_path: Path) -> None:
     assert sorted(train_points(recipe)) == list(range(10))
 
 
-def test_a_mismatch_ends_the_run_and_says_why(tmp_path: Path) -> None:
-    recipe = learner_recipe(tmp_path, learner={"max_mismatch": 0.01})
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mismatch_ends_the_run_and_says_why(tmp_path: Path, ranks: int) -> None:
+    """With several ranks too, where torchrun alone would say 1, which means: start it again."""
+    recipe = learner_recipe(tmp_path, learner={"max_mismatch": 0.01, "ranks": ranks})
     log = tmp_path / "learner.log"
     with running_broker(recipe) as address, scripted_actor(address):
-        learner = start_learner(address, log)
+        learner = start_learner(address, log, ranks=ranks)
         try:
             assert learner.wait(PATIENCE_S) == EXIT_RUN_FAILED
         finally:
@@ -154,7 +157,7 @@ def test_a_second_start_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_and_stop_together(tmp_path: Path, stage: int) -> None:
-    """SIGTERM to torchrun reaches all ranks, which agree on one last step; then two ranks go on."""
+    """SIGTERM reaches all ranks, which agree on one last step; then two ranks go on, and die with their parent."""
     recipe = learner_recipe(tmp_path, run={"steps": 12}, learner={"ranks": 2, "zero_stage": stage})
     log = tmp_path / "learner.log"
     with running_broker(recipe) as address, scripted_actor(address):
@@ -162,11 +165,18 @@ def test_two_ranks_train_and_stop_together(tmp_path: Path, stage: int) -> None:
         try:
             wait_until_step(recipe, 1)
             learner.send_signal(signal.SIGTERM)
-            learner.wait(60.0)  # torchrun's exit code says nothing after a signal; the checkpoint does
-            assert pointer(recipe)["step"] >= 2, log.read_text()
+            assert learner.wait(60.0) == 0, log.read_text()
+            saved = pointer(recipe)["step"]
+            assert saved >= 2, log.read_text()
+            learner = start_learner(address, log, ranks=2, resume=True)
+            wait_until_step(recipe, saved)
+            family = psutil.Process(learner.pid).children(recursive=True)
+            assert len(family) == 3, "torchrun and two ranks"
+            end(learner)
+            _, alive = psutil.wait_procs(family, timeout=10.0)
+            assert not alive
             learner = start_learner(address, log, ranks=2, resume=True)
             assert learner.wait(PATIENCE_S) == 0, log.read_text()
         finally:
-            learner.terminate()
-            learner.wait(60.0)
+            end(learner)
     assert final_status(recipe)["ledger"]["consumed"] == 12 * 4

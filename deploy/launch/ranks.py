@@ -1,0 +1,82 @@
+"""Several ranks of the learner on this machine, under torchrun.
+
+Invariant: this process stays the parent of torchrun. What a rank ended on is its exit code (torchrun alone would say
+1 for everything); a signal to it reaches the ranks, which then have all the time that whoever sent it gives them
+(torchrun alone would kill them after 30 s, in the middle of a large checkpoint); and no rank outlives it.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from common.process import die_with_parent
+from learner.outcome import forget_outcome, read_outcome
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+POLL_S = 0.5
+
+
+class _StopSignal:
+    """Whether SIGTERM or SIGINT has come."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in STOPS:
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.received = True
+
+
+def run_ranks(ranks: int, arguments: Sequence[str], folder: Path) -> int:
+    """Start the ranks, pass signals on, wait for their end.
+
+    Args:
+        ranks: how many.
+        arguments: of `slipstream learner`, for each of them.
+        folder: the run's.
+
+    Returns:
+        0 when all ranks ended in order, 2 or 4 when one of them says that a restart would fail again, else
+        torchrun's own code.
+    """
+    forget_outcome(folder)
+    stop = _StopSignal()
+    torchrun = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+            "--signals-to-handle=SIGHUP,SIGQUIT",
+            *("-m", "deploy", "learner", *arguments),
+        ],
+        preexec_fn=_prepare,
+    )
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            code = torchrun.wait(POLL_S)
+            break
+        if stop.received:
+            _signal_ranks(torchrun.pid)  # again and again: a rank that is still importing does not listen yet
+    if code == 0:
+        return 0
+    return read_outcome(folder) or max(code, 1)
+
+
+def _prepare() -> None:
+    """In torchrun, before it starts: the ranks hear signals from us, or from the terminal, and it waits for them."""
+    die_with_parent()
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _signal_ranks(torchrun: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for rank in psutil.Process(torchrun).children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM)
