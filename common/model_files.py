@@ -15,6 +15,7 @@ from typing import Any
 from common.errors import UserError
 from common.hub import prepare_hub
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -109,6 +110,41 @@ def _from_hub(path: str) -> Path:
         raise UserError(
             f"'{path}' is not a folder, and the hub does not give it ({reason}).", setting="model.path"
         ) from None
+
+
+def require_weights(path: str) -> None:
+    """Raise UserError unless a model is a local folder, or its weights are in this machine's hub cache.
+
+    For machines that will have no network of their own. Asks nobody: neither hub nor weights are read.
+    """
+    if Path(path).exists() or not looks_like_hub_id(path):
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = _has_weights(Path(snapshot_download(path, local_files_only=True)))
+    except LocalEntryNotFoundError:
+        found = False
+    if not found:
+        raise UserError(
+            f"the weights of '{path}' are not in the Hugging Face cache (HF_HOME), and nodes may have no way to the "
+            f"hub: fetch them here with `hf download {path}`, or name a folder.",
+            setting="model.path",
+        )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a model's folder has every file of its weights, in one of their formats."""
+    for kind in WEIGHT_FILES:
+        try:
+            index = json.loads((folder / f"{kind}.index.json").read_text(encoding="utf-8"))
+            shards = set(index["weight_map"].values())
+        except (OSError, ValueError, KeyError):
+            shards = {kind}
+        if all((folder / name).is_file() for name in shards):
+            return True
+    return False
 
 
 def read_config(path: str) -> dict[str, Any]:

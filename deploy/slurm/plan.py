@@ -18,23 +18,54 @@ from deploy.launch.program import own_program
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 NAME = re.compile(r"[A-Za-z0-9._,:+-]+")
 KEYS_FOLDER = "keys"
+CPUS_PER_GPU = 8  # an A100 node has 8 to 16 per GPU
+# How long before the time limit a job is warned: a step of a 7B learner takes a minute, its checkpoint of 130 GB
+# minutes on a busy file system; an actor finishes what it has in hand.
+HEAD_LEAD_S, ACTOR_LEAD_S = 900, 120
+REQUEUE_S = 30  # what a requeue is given before the limit
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller typed; None: not given."""
+    """What the caller typed; None: not given.
+
+    Attributes:
+        extra, head_extra, actor_extra: options of sbatch for both kinds of jobs, and for one of them.
+    """
 
     learner_nodes: int
     actors: int
     partition: str | None = None
     actor_partition: str | None = None
     gpus_per_node: int | None = None
+    cpus_per_gpu: int | None = None
     time: str | None = None
+    actor_time: str | None = None
+    lead: int | None = None
     account: str | None = None
     qos: str | None = None
+    actor_qos: str | None = None
     interface: str | None = None
     setup: str | None = None
     extra: tuple[str, ...] = ()
+    head_extra: tuple[str, ...] = ()
+    actor_extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Notice:
+    """When a job hears of its time limit.
+
+    Attributes:
+        lead: seconds before the limit at which Slurm sends USR1 (or up to a minute earlier).
+        grace: seconds after it until the job goes back into the queue, whatever its workers do.
+    """
+
+    lead: int
+
+    @property
+    def grace(self) -> int:
+        return max(self.lead - REQUEUE_S, self.lead // 2)
 
 
 @dataclass(frozen=True)
@@ -48,6 +79,8 @@ class Plan:
         program: argument vector of `slipstream`, quoted for the shell.
         ranks_per_node, gpus_per_node: of the learner; 0 GPUs: it runs on the CPU.
         gpus_per_actor: tensor parallelism of an actor, or 0.
+        cpus_per_rank, cpus_per_actor: None: what the cluster gives, or what an option of sbatch says.
+        head_notice, actor_notice: of the time limit.
         restarts: of one worker before its job gives up.
     """
 
@@ -61,6 +94,8 @@ class Plan:
     gpus_per_actor: int
     cpus_per_rank: int | None
     cpus_per_actor: int | None
+    head_notice: Notice
+    actor_notice: Notice
     restarts: int
     broker_port: int
     master_port: int
@@ -81,19 +116,26 @@ class Plan:
         return self.options.learner_nodes * self.ranks_per_node
 
 
-def make_plan(recipe: Recipe, options: Options, *, program: tuple[str, ...] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, options: Options, *, program: tuple[str, ...] | None = None, limit: str | None = None
+) -> Plan:
     """Resolve a submission.
 
     Args:
         recipe: the recipe that will run (see `cluster_overrides`).
         options: what the caller typed.
         program: argument vector of `slipstream`; default: this interpreter's.
+        limit: the partition's own time limit, where it is known; `options.time` goes before it.
 
     Raises:
         UserError: a value cannot stand in a batch file, or the learner's ranks do not fill its nodes.
     """
     _check_words(options)
     gpus = _gpus_per_node(recipe, options)
+    if options.cpus_per_gpu and not gpus:
+        raise UserError("this recipe runs on the CPU: set launch.learner_cores.", setting="--cpus-per-gpu")
+    per_gpu = (options.cpus_per_gpu or CPUS_PER_GPU) if gpus else None
+    per_actor = per_gpu and per_gpu * recipe.actor.tensor_parallel
     return Plan(
         name=str(recipe.run.name),
         folder=recipe.folder.resolve(),
@@ -103,8 +145,10 @@ def make_plan(recipe: Recipe, options: Options, *, program: tuple[str, ...] | No
         ranks_per_node=gpus or _ranks_per_node(recipe, options),
         gpus_per_node=gpus,
         gpus_per_actor=recipe.actor.tensor_parallel if gpus else 0,
-        cpus_per_rank=recipe.launch.learner_cores,
-        cpus_per_actor=recipe.launch.actor_cores,
+        cpus_per_rank=_cpus(recipe.launch.learner_cores or per_gpu, (*options.extra, *options.head_extra)),
+        cpus_per_actor=_cpus(recipe.launch.actor_cores or per_actor, (*options.extra, *options.actor_extra)),
+        head_notice=_notice(options.time or limit, options.lead, HEAD_LEAD_S),
+        actor_notice=_notice(options.actor_time or options.time or limit, None, ACTOR_LEAD_S),
         restarts=recipe.launch.restarts,
         broker_port=recipe.broker.port,
         master_port=recipe.learner.master_port,
@@ -122,7 +166,31 @@ def cluster_overrides(recipe: Recipe, options: Options) -> list[str]:
     gpus = _gpus_per_node(recipe, options)
     if gpus:
         overrides += [f"learner.ranks={options.learner_nodes * gpus}", 'launch.device="gpu"']
+    if "fsync" not in recipe.broker.model_fields_set:
+        # What a lost node had not written is lost on a shared file system, as in a power cut on a local one.
+        overrides.append("broker.fsync=true")
     return [*overrides, f"actor.count={max(1, options.actors)}"]
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a time limit as Slurm writes it: MINUTES[:SECONDS], HH:MM:SS, DAYS-HH[:MM[:SS]]."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(a * b for a, b in zip(parts, units, strict=False))
+
+
+def _notice(limit: str | None, lead: int | None, default: int) -> Notice:
+    """A notice that leaves a short job three quarters of its time."""
+    seconds = None if limit is None else seconds_of(limit)
+    if lead is not None and seconds is not None and lead >= seconds:
+        raise UserError(f"{lead} s are not less than the time limit, {limit}.", setting="--lead")
+    return Notice(lead or (default if seconds is None else min(default, seconds // 4)))
+
+
+def _cpus(wanted: int | None, extra: tuple[str, ...]) -> int | None:
+    named = any(line.startswith(("--cpus-per-", "-c")) for line in extra)
+    return None if named else wanted
 
 
 def _gpus_per_node(recipe: Recipe, options: Options) -> int:
@@ -147,20 +215,30 @@ def _ranks_per_node(recipe: Recipe, options: Options) -> int:
 
 
 def _check_words(options: Options) -> None:
-    if options.time is not None and not TIME.fullmatch(options.time):
-        raise UserError(
-            f"'{options.time}' is not a time limit: write MINUTES, HH:MM:SS or DAYS-HH:MM:SS.",
-            setting="--time",
-        )
-    words = ("partition", "actor_partition", "account", "qos", "interface")
+    for setting, limit in (("--time", options.time), ("--actor-time", options.actor_time)):
+        if limit is not None and not TIME.fullmatch(limit):
+            raise UserError(
+                f"'{limit}' is not a time limit: write MINUTES, HH:MM:SS or DAYS-HH:MM:SS.", setting=setting
+            )
+    words = ("partition", "actor_partition", "account", "qos", "actor_qos", "interface")
     for word in words:
         value = getattr(options, word)
         if value is not None and not NAME.fullmatch(value):
             raise UserError(
                 f"'{value}' is not a name that Slurm accepts.", setting=f"--{word.replace('_', '-')}"
             )
-    for line in options.extra:
-        if not line.startswith("-") or "\n" in line:
-            raise UserError(
-                f"'{line}' is not one option of sbatch, such as --constraint=a100.", setting="--sbatch"
-            )
+    kinds = {
+        "--sbatch": options.extra,
+        "--head-sbatch": options.head_extra,
+        "--actor-sbatch": options.actor_extra,
+    }
+    for setting, lines in kinds.items():
+        for line in lines:
+            _check_line(setting, line)
+
+
+def _check_line(setting: str, line: str) -> None:
+    if not line.startswith("-") or "\n" in line:
+        raise UserError(f"'{line}' is not one option of sbatch, such as --constraint=a100.", setting=setting)
+    if line.startswith("--signal"):
+        raise UserError("the scripts need their own --signal: use --lead for its time.", setting=setting)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from common.errors import UserError
+from deploy.slurm.plan import seconds_of
 
 DEADLINE_S = 60.0
 HOLDING = ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "SIGNALING", "STAGE_OUT")
@@ -73,6 +74,18 @@ def require_partition(name: str, *, option: str) -> None:
     for part in name.split(","):
         if part not in known:
             raise UserError(f"there is no partition '{part}'; there are: {', '.join(known)}.", setting=option)
+
+
+def default_limit(partition: str | None) -> str | None:
+    """Time limit of a job that names none; None: no limit. The shortest, of several partitions."""
+    named = (f"--partition={partition}",) if partition else ()
+    lines = [line.split("|") for line in call("sinfo", "--noheader", "--format=%P|%L|%l", *named).split()]
+    limits = [
+        limit if limit[0].isdigit() else longest
+        for name, limit, longest in lines
+        if partition or name.endswith("*")
+    ]
+    return min((limit for limit in limits if limit[0].isdigit()), key=seconds_of, default=None)
 
 
 def try_script(script: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -28,12 +29,16 @@ class State:
         head: number of the job with broker and learner.
         arrays: numbers of the actors' job arrays, oldest first.
         leaving: array tasks ("JOB_INDEX") that were asked to leave and may not have yet.
+        options: what was asked of Slurm (`deploy.slurm.plan.Options`).
+        finds_addresses: the head's script sets `broker.bind` and `weights.bind`, the recipe does not.
     """
 
     run: str
     head: int
     arrays: list[int] = field(default_factory=list)
     leaving: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    finds_addresses: bool = False
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -57,6 +62,11 @@ def read_state(folder: Path) -> State:
         raise UserError(f"'{folder}' was not submitted to Slurm (no slurm/{STATE_FILE}).") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}.") from None
+
+
+def earlier_state(folder: Path) -> State | None:
+    """The same; None where the run was never submitted."""
+    return read_state(folder) if (folder / "slurm" / STATE_FILE).exists() else None
 
 
 @contextmanager

@@ -7,75 +7,106 @@ half-way takes back what it has sent: a run is on the cluster whole or not at al
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from common.errors import UserError
 from deploy.check import RecipeArgument, SetOption
+from deploy.slurm.arguments import (
+    Account,
+    ActorPartition,
+    ActorQos,
+    Actors,
+    ActorSbatch,
+    ActorTime,
+    CpusPerGpu,
+    DryRun,
+    Fresh,
+    GpusPerNode,
+    HeadSbatch,
+    Interface,
+    Lead,
+    LearnerNodes,
+    Partition,
+    Qos,
+    Resume,
+    Sbatch,
+    Setup,
+    Time,
+)
 
 if TYPE_CHECKING:
     from common.recipe import Recipe
     from deploy.slurm.plan import Options, Plan
 
+FOUND_BY_THE_JOB = ('broker.bind="127.0.0.1"', 'weights.bind="127.0.0.1"')
+
 
 def submit(
     recipe: RecipeArgument,
-    learner_nodes: Annotated[int, typer.Option(min=1, help="Nodes of the learner.")] = 1,
-    partition: Annotated[
-        str | None, typer.Option(help="Partition of all jobs; default: the cluster's.")
-    ] = None,
-    actors: Annotated[
-        int | None, typer.Option(min=0, help="Actors, each a task of a job array; default: actor.count.")
-    ] = None,
-    actor_partition: Annotated[str | None, typer.Option(help="Another partition for the actors.")] = None,
-    gpus_per_node: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="GPUs, and so ranks, per learner node; default: learner.ranks / nodes; 0: CPU."
-        ),
-    ] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Time limit; near it a job saves its work and queues again.")
-    ] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
-    interface: Annotated[
-        str | None, typer.Option(help="Network interface of NCCL, gloo and the broker, e.g. ib0.")
-    ] = None,
-    setup: Annotated[
-        str | None, typer.Option(help="Shell commands that each job runs first, e.g. 'module load cuda'.")
-    ] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option("--sbatch", metavar="OPTION", help="Another option of sbatch, e.g. --constraint=a100."),
-    ] = None,
+    learner_nodes: LearnerNodes = None,
+    partition: Partition = None,
+    actors: Actors = None,
+    actor_partition: ActorPartition = None,
+    gpus_per_node: GpusPerNode = None,
+    cpus_per_gpu: CpusPerGpu = None,
+    time: Time = None,
+    actor_time: ActorTime = None,
+    lead: Lead = None,
+    account: Account = None,
+    qos: Qos = None,
+    actor_qos: ActorQos = None,
+    interface: Interface = None,
+    setup: Setup = None,
+    sbatch: Sbatch = None,
+    head_sbatch: HeadSbatch = None,
+    actor_sbatch: ActorSbatch = None,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run in its folder.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Set an earlier run of this name aside.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only write the batch files; submit nothing.")] = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit a recipe to Slurm: one job with broker and learner, and a job array of actors."""
-    from common.recipe import load_recipe
-    from deploy.slurm.plan import Options, cluster_overrides
-
-    loaded = load_recipe(recipe, overrides or ())
-    options = Options(
-        learner_nodes=learner_nodes,
-        actors=loaded.actor.count if actors is None else actors,
-        partition=partition,
-        actor_partition=actor_partition,
-        gpus_per_node=gpus_per_node,
-        time=time,
-        account=account,
-        qos=qos,
-        interface=interface,
-        setup=setup,
-        extra=tuple(sbatch or ()),
-    )
-    resolved = load_recipe(recipe, [*(overrides or ()), *cluster_overrides(loaded, options)])
+    given = dict(locals())
+    given |= {"extra": sbatch, "head_extra": head_sbatch, "actor_extra": actor_sbatch}
+    resolved, options = resolve(recipe, overrides or (), given, resume=resume)
     submit_recipe(resolved, options, resume=resume, fresh=fresh, dry_run=dry_run)
+
+
+def resolve(
+    recipe: str, overrides: Sequence[str], given: Mapping[str, Any], *, resume: bool
+) -> tuple[Recipe, Options]:
+    """The recipe that will run, and what to ask Slurm for.
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe.
+        overrides: "section.key=value" strings.
+        given: what the caller typed, by the names of `Options`; others are ignored.
+        resume: options that were not given are those of the earlier submission.
+    """
+    from common.recipe import find_recipe, load_recipe
+    from deploy.folder import RECIPE_FILE
+    from deploy.slurm.plan import Options, cluster_overrides
+    from deploy.slurm.state import earlier_state
+
+    loaded = load_recipe(recipe, overrides)
+    earlier = earlier_state(loaded.folder) if resume else None
+    typed = {name: given[name] for name in Options.__dataclass_fields__ if given.get(name) not in (None, [])}
+    defaults = {"learner_nodes": 1, "actors": loaded.actor.count}
+    options = Options(**_tuples({**defaults, **(earlier.options if earlier else {}), **typed}))
+    own = find_recipe(recipe).resolve() == (loaded.folder / RECIPE_FILE).resolve()
+    # The broker has kept its node's addresses in the run's own recipe; the next job has others.
+    forgotten = FOUND_BY_THE_JOB if own and earlier and earlier.finds_addresses else ()
+    overrides = [*forgotten, *overrides]
+    return load_recipe(recipe, [*overrides, *cluster_overrides(loaded, options)]), options
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def submit_recipe(
@@ -100,20 +131,25 @@ def submit_recipe(
         UserError: anything that would keep a job from starting; nothing is then written or queued.
     """
     from broker.main import is_loopback
+    from common.model_files import require_weights
     from deploy.folder import holds_a_run, prepare
     from deploy.preflight import check_addresses, check_template, preflight
     from deploy.slurm.plan import make_plan
-    from deploy.slurm.queue import require_slurm
+    from deploy.slurm.queue import default_limit, require_slurm
     from deploy.slurm.scripts import render
 
-    plan = make_plan(recipe, options, program=program)
-    scripts = render(plan, set_addresses=is_loopback(recipe.broker.bind))
+    if not dry_run:
+        require_slurm()
+    limit = default_limit(options.partition) if not (dry_run or options.time) else None
+    plan = make_plan(recipe, options, program=program, limit=limit)
+    finds_addresses = is_loopback(recipe.broker.bind)
+    scripts = render(plan, set_addresses=finds_addresses)
     if dry_run:  # may be far from the cluster, its model and its data
         check_template(recipe)
         check_addresses(recipe)
     else:
-        require_slurm()
         preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
+        require_weights(recipe.model.path)
         _check_with_slurm(plan, scripts)
     existed = holds_a_run(recipe.folder)
     rehearsed = existed and _never_sent(recipe.folder)
@@ -122,7 +158,7 @@ def submit_recipe(
         _make_keys(recipe)
         _write(folder, scripts)
         if not dry_run:
-            _send(plan)
+            _send(plan, finds_addresses)
     except Exception:
         if not existed:
             shutil.rmtree(folder)  # ours, seconds old, and holding nothing but what we wrote
@@ -154,7 +190,21 @@ def _check_with_slurm(plan: Plan, scripts: dict[str, str]) -> None:
         )
     for name, script in scripts.items():
         if name != "actors.sbatch" or options.actors:
-            queue.try_script(script)
+            _try(plan, name, script)
+
+
+def _try(plan: Plan, name: str, script: str) -> None:
+    from deploy.slurm import queue
+
+    try:
+        queue.try_script(script)
+    except UserError as error:
+        head = name == "head.sbatch"
+        cpus, per_node = (plan.cpus_per_rank, plan.ranks_per_node) if head else (plan.cpus_per_actor, 1)
+        if plan.options.cpus_per_gpu or not (plan.gpus_per_node and cpus):
+            raise
+        asked = f"{name} asks for {cpus * per_node} cores of a node; if that is too many: --cpus-per-gpu"
+        raise UserError(f"{error} ({asked}.)") from None
 
 
 def _make_keys(recipe: Recipe) -> None:
@@ -177,7 +227,7 @@ def _write(folder: Path, scripts: dict[str, str]) -> None:
         raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
 
 
-def _send(plan: Plan) -> None:
+def _send(plan: Plan, finds_addresses: bool) -> None:
     from deploy.slurm import queue
     from deploy.slurm.state import State, write_state
 
@@ -188,7 +238,8 @@ def _send(plan: Plan) -> None:
         if plan.options.actors:
             # Actors start with the head or after it: GPUs that only wait are wasted.
             arrays.append(queue.submit_file(str(files / "actors.sbatch"), f"--dependency=after:{head}"))
-        write_state(plan.folder, State(run=plan.name, head=head, arrays=arrays))
+        state = State(plan.name, head, arrays, options=asdict(plan.options), finds_addresses=finds_addresses)
+        write_state(plan.folder, state)
     except Exception:
         queue.cancel(map(str, [head, *arrays]))
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.recipe import load_recipe
+from common.recipe import load_recipe, resolved_toml
 from deploy.slurm import queue
-from deploy.slurm.plan import Options, cluster_overrides, make_plan
-from deploy.slurm.queue import Task, array_ranges, call, require_slurm
+from deploy.slurm.plan import Options, cluster_overrides, make_plan, seconds_of
+from deploy.slurm.queue import Task, array_ranges, call, default_limit, require_slurm
 from deploy.slurm.scale import plan_change
 from deploy.slurm.scripts import render
-from deploy.slurm.submit import submit_recipe
+from deploy.slurm.submit import resolve, submit_recipe
 from tests.slurm.recipes import write_recipe
 
 GPU = {"gpus_per_node": 8, "time": "1-00:00:00", "account": "lab", "qos": "high", "interface": "ib0"}
@@ -73,11 +74,134 @@ def test_gpu_plan_fills_the_nodes(recipe_file):
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
         "--partition=a100",
-        "--signal=B:USR1@120",
+        "--signal=B:USR1@900",
+        "--cpus-per-task=8",
     }
     assert wanted | {"--requeue", "--time=1-00:00:00", "--account=lab", "--qos=high"} <= set(head)
-    assert {"--array=0-11", "--gpus-per-node=2", "--partition=spot", "--nodes=1", "--requeue"} <= set(actors)
+    wanted = {"--array=0-11", "--gpus-per-node=2", "--cpus-per-task=16", "--partition=spot", "--nodes=1"}
+    assert wanted | {"--requeue", "--signal=B:USR1@120"} <= set(actors)
     assert "NCCL_SOCKET_IFNAME=ib0" in scripts["head.sbatch"]
+
+
+def test_cores_are_the_callers(recipe_file):
+    gpu = ('launch.device="gpu"',)
+    asked = scripts_of(recipe_file, *gpu, gpus_per_node=4, cpus_per_gpu=12)["head.sbatch"]
+    assert "--cpus-per-task=12" in directives(asked)
+    by_hand = scripts_of(recipe_file, *gpu, gpus_per_node=4, head_extra=("--cpus-per-gpu=6",))
+    assert [d for d in directives(by_hand["head.sbatch"]) if "cpus" in d] == ["--cpus-per-gpu=6"]
+    assert "--cpus-per-task=8" in directives(by_hand["actors.sbatch"])
+    with pytest.raises(UserError, match="--cpus-per-gpu: this recipe runs on the CPU"):
+        scripts_of(recipe_file, cpus_per_gpu=12)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({"SLURM_CPUS_ON_NODE": "96"}, "12"),
+        ({"SLURM_CPUS_PER_TASK": "7"}, "7"),
+        ({"SLURM_CPUS_ON_NODE": "4"}, "1"),
+    ],
+)
+def test_a_rank_gets_its_share_of_the_node(recipe_file, given, threads):
+    script = scripts_of(recipe_file, 'launch.device="gpu"', gpus_per_node=8)["head.sbatch"]
+    part = script[script.index("\nthreads=") : script.index("\nexport PYTHONUNBUFFERED")] + "\necho $threads"
+    done = subprocess.run(["bash", "-c", part], env=given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [threads]
+    assert '--cpus-per-task="$threads"' in script
+
+
+def test_each_kind_of_job_has_its_own_options(recipe_file):
+    scripts = scripts_of(
+        recipe_file,
+        time="1-00:00:00",
+        actor_time="04:00:00",
+        qos="high",
+        actor_qos="spot",
+        extra=("--mail-type=NONE",),
+        head_extra=("--exclusive",),
+        actor_extra=("--mem=40G",),
+    )
+    head, actors = directives(scripts["head.sbatch"]), directives(scripts["actors.sbatch"])
+    assert {"--time=1-00:00:00", "--qos=high", "--mail-type=NONE", "--exclusive"} <= set(head)
+    assert {"--time=04:00:00", "--qos=spot", "--mail-type=NONE", "--mem=40G"} <= set(actors)
+    assert not {"--mem=40G", "--qos=spot"} & set(head)
+    assert not {"--exclusive", "--qos=high"} & set(actors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lead"),
+    [
+        ({}, 900),
+        ({"time": "1-00:00:00"}, 900),
+        ({"time": "10:00"}, 150),
+        ({"time": "1-00:00:00", "lead": 1800}, 1800),
+    ],
+)
+def test_a_job_hears_of_its_limit_in_time(recipe_file, changes, lead):
+    script = scripts_of(recipe_file, **changes)["head.sbatch"]
+    assert [d for d in directives(script) if d.startswith("--signal")] == [f"--signal=B:USR1@{lead}"]
+    assert f"SECONDS + {lead - 30}" in script, "back in the queue half a minute before the limit"
+
+
+def test_a_lead_that_cannot_be_is_refused(recipe_file):
+    with pytest.raises(UserError, match="--lead: 600 s are not less than the time limit, 10:00"):
+        scripts_of(recipe_file, time="10:00", lead=600)
+    with pytest.raises(UserError, match="--sbatch: the scripts need their own --signal: use --lead"):
+        scripts_of(recipe_file, extra=("--signal=B:USR1@900",))
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("30", 1800),
+        ("10:30", 630),
+        ("1:00:05", 3605),
+        ("2-12", 216000),
+        ("1-00:30", 88200),
+        ("1-0:0:9", 86409),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_the_shortest_default_limit_counts(monkeypatch):
+    lines = "main*|1:00:00|infinite\nlong|n/a|2-00:00:00\nopen|n/a|infinite\n"
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*arguments: str) -> str:
+        asked.append(arguments)
+        return lines
+
+    monkeypatch.setattr(queue, "call", answer)
+    assert default_limit(None) == "1:00:00", "the cluster's default partition"
+    assert default_limit("long,open,main") == "1:00:00"
+    assert "--partition=long,open,main" in asked[-1]
+    lines = "open|n/a|infinite\n"
+    assert default_limit("open") is None
+
+
+def test_a_run_that_is_sent_again_keeps_what_it_had(recipe_file, slurm):
+    given = {"partition": "p", "actors": 3, "interface": "ib0", "setup": "true", "extra": ["--mem=0"]}
+    recipe, options = resolve(str(recipe_file), ["run.steps=7"], given, resume=False)
+    submit_recipe(recipe, options)
+    # What the broker of the first job leaves in the run folder: its node's addresses.
+    own = recipe.folder / "recipe.toml"
+    bound = load_recipe(own, ['broker.bind="10.0.0.7"', 'weights.bind="10.0.0.7"'])
+    own.write_text(resolved_toml(bound))
+    again, kept = resolve(str(own), [], {"actors": 5, "extra": []}, resume=True)
+    assert kept == replace(options, actors=5)
+    submit_recipe(again, kept, resume=True)
+    script = (recipe.folder / "slurm" / "head.sbatch").read_text()
+    assert "broker.bind='$address'" in script, "the next job has another node"
+    moved, _ = resolve(str(own), ['broker.bind="10.0.0.8"'], {}, resume=True)
+    assert moved.broker.bind == "10.0.0.8", "what is typed goes before what is known"
+
+
+def test_a_cluster_survives_a_lost_node(recipe_file):
+    options = Options(learner_nodes=1, actors=2)
+    assert resolved(recipe_file, options).broker.fsync
+    assert not resolved(recipe_file, options, "broker.fsync=false").broker.fsync
 
 
 def test_an_address_in_the_recipe_is_kept(recipe_file):
@@ -138,7 +262,7 @@ def slurm(monkeypatch) -> list[tuple[str, ...]]:
         sent.append((Path(path).name, *options))
         return 40 + len(sent)
 
-    for name in ("require_slurm", "require_partition", "try_script"):
+    for name in ("require_slurm", "require_partition", "try_script", "default_limit"):
         monkeypatch.setattr(queue, name, lambda *_, **__: None)
     monkeypatch.setattr(queue, "queued", lambda _: [])
     monkeypatch.setattr(queue, "submit_file", submit_file)

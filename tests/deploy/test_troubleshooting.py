@@ -55,8 +55,11 @@ def messages() -> list[str]:
 
 @functools.cache
 def source() -> str:
-    """All of our source, with string literals that stand below one another joined."""
-    files = [path for package in OURS for path in sorted((REPOSITORY / package).rglob("*.py"))]
+    """All of our source, with string literals that stand below one another joined; batch files and units too."""
+    kinds = ("*.py", "*.jinja")
+    files = [
+        path for package in OURS for kind in kinds for path in sorted((REPOSITORY / package).rglob(kind))
+    ]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     return re.sub(r'"\s*\n\s*f?"', "", text)
 

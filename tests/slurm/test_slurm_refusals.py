@@ -27,6 +27,16 @@ def slipstream(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_more_cores_than_a_node_has(cluster: Cluster, shared: Path):
+    recipe = write_recipe(shared)
+    recipe.write_text(recipe.read_text().replace('device = "cpu"', 'device = "gpu"'))
+    done = slipstream("submit", str(recipe), "--gpus-per-node", "2")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    for words in ("sbatch refused: ", "head.sbatch asks for 16 cores of a node", "--cpus-per-gpu"):
+        assert words in done.stderr
+    assert not (shared / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -91,7 +91,7 @@ def test_near_the_time_limit_a_job_saves_and_queues_again(cluster: Cluster, shar
     folder = send(write_recipe(shared, steps=steps), program, time="10:00")
     state = read_state(folder)
     wait_until(lambda: step_of(folder) > 0, "a first checkpoint", 60)
-    # What --signal=B:USR1@120 does two minutes before the limit.
+    # What --signal=B:USR1@... does before the limit.
     cluster.ask("scancel", "--batch", "--signal=USR1", str(state.head), f"{state.arrays[0]}_1")
     wait_until(lambda: seen(folder, "learner", "left"), "the learner has saved and left", 30)
     wait_until(lambda: seen(folder, "actor-1", "left"), "the actor has left in order", 30)
@@ -107,7 +107,8 @@ def test_ranks_of_several_nodes_meet_and_gpus_are_shared_out(cluster: Cluster, s
     recipe = write_recipe(shared, steps=3)
     text = recipe.read_text().replace('device = "cpu"', 'device = "gpu"')
     recipe.write_text(text + "\n[actor]\ntensor_parallel = 2\n")
-    folder = send(recipe, program, learner_nodes=2, gpus_per_node=2, actors=1, interface="lo")
+    nodes = {"learner_nodes": 2, "gpus_per_node": 2, "cpus_per_gpu": 2}
+    folder = send(recipe, program, actors=1, interface="lo", **nodes)
     assert_whole(folder, 3)
     ranks = sorted(
         (line for line in seen(folder) if line["who"].startswith("rank ")), key=lambda line: line["who"]
@@ -119,6 +120,7 @@ def test_ranks_of_several_nodes_meet_and_gpus_are_shared_out(cluster: Cluster, s
     assert {line["SLURM_GPUS_ON_NODE"] for line in ranks} == {"2"}
     assert {line["NCCL_SOCKET_IFNAME"] for line in ranks} == {"lo"}
     assert {line["MASTER_ADDR"] for line in ranks} == {"127.0.0.1"}
+    assert {line["SLURM_CPUS_PER_TASK"] for line in ranks} == {"2"}
     assert seen(folder, "actor-0", "started")[0]["SLURM_GPUS_ON_NODE"] == "2", (
         "tensor parallelism of an engine"
     )
@@ -143,6 +145,19 @@ def test_a_run_that_cannot_go_on_leaves_nothing_behind(cluster: Cluster, shared:
     wait_until(lambda: not queue.queued("slipstream-demo"), "the head job gives up", 90)
     wait_until(lambda: not queue.queued("slipstream-demo-actors"), "its actors are taken back", 60)
     assert "error: " in (folder / "broker.log").read_text()
+
+
+def test_actors_do_not_outstay_their_head(cluster: Cluster, shared: Path, program, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_LOOK_S", "2")  # sbatch hands it on to the jobs
+    folder = send(write_recipe(shared, steps=1000), program, actors=2)
+    wait_until(lambda: step_of(folder) > 0 and actors_at_work() == [0, 1], "the run goes", 60)
+    head = read_state(folder).head
+    cluster.requeue(str(head))  # as in preemption: it waits in the queue, and the actors for it
+    wait_until(lambda: len(seen(folder, "learner", "started")) == 2, "the learner is back", 90)
+    assert actors_at_work() == [0, 1]
+    queue.cancel([str(head)])
+    wait_until(lambda: not queue.queued("slipstream-demo-actors"), "the actors have left", 60)
+    assert "the actor leaves" in (folder / "slurm" / "actor-0.log").read_text()
 
 
 def test_a_cancelled_run_is_resumed(cluster: Cluster, shared: Path, program):
