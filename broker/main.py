@@ -37,6 +37,7 @@ from common.recipe.schema import Recipe
 from common.systemd import notify_ready
 
 log = logging.getLogger("slipstream.broker")
+WILDCARDS = ("", "*", "0.0.0.0", "::")
 
 
 def serve(
@@ -171,13 +172,30 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(recipe: Recipe) -> None:
-    """Refuse an address that others can reach unless there are keys (I8)."""
-    host = recipe.broker.bind
-    if not is_loopback(host) and recipe.broker.keys is None:
+    """Refuse addresses that others can reach unless there are keys (I8), and those that actors could not use.
+
+    Raises:
+        UserError: names `broker.bind`, `weights.bind` or `broker.keys`.
+    """
+    bound = {"broker.bind": recipe.broker.bind, "weights.bind": recipe.weights.bind}
+    for setting, host in bound.items():
+        if host in WILDCARDS:
+            raise UserError(
+                f"name the one address that the other processes reach, not '{host}': it is handed on to them.",
+                setting=setting,
+            )
+    for setting, host in bound.items():
+        if not is_loopback(host) and recipe.broker.keys is None:
+            raise UserError(
+                f"{setting} = '{host}' can be reached by others and needs CURVE keys: make some with "
+                "`slipstream keys init FOLDER`.",
+                setting="broker.keys",
+            )
+    if is_loopback(recipe.weights.bind) and not is_loopback(recipe.broker.bind):
         raise UserError(
-            f"broker.bind = '{host}' can be reached by others and needs CURVE keys: make some with "
-            "`slipstream keys init FOLDER`.",
-            setting="broker.keys",
+            f"'{recipe.weights.bind}' is not reached by actors on other hosts, for whom broker.bind = "
+            f"'{recipe.broker.bind}' is: name an address of the learner's host.",
+            setting="weights.bind",
         )
 
 

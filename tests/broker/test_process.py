@@ -42,11 +42,28 @@ def start(worker: ScriptedActor | ScriptedLearner) -> threading.Thread:
 # --- refused before anything starts ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "*", "node7"])
+@pytest.mark.parametrize("host", ["10.1.2.3", "node7", "2001:db8::7"])
 def test_an_open_address_needs_keys(tmp_path: Path, host: str) -> None:
-    with pytest.raises(UserError, match=r"^broker\.keys: .*needs CURVE keys"):
-        check_bind(scripted_recipe(tmp_path, broker={"bind": host}))
-    check_bind(scripted_recipe(tmp_path, broker={"bind": host, "keys": tmp_path}))
+    beyond, here = {"bind": host}, {"bind": "127.0.0.1"}
+    for broker, weights in ((beyond, beyond), (beyond, here), (here, beyond)):
+        with pytest.raises(UserError, match=r"^broker\.keys: .*needs CURVE keys"):
+            check_bind(scripted_recipe(tmp_path, broker=broker, weights=weights))
+    for broker in (beyond, here):
+        check_bind(scripted_recipe(tmp_path, broker={**broker, "keys": tmp_path}, weights=beyond))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "::"])
+@pytest.mark.parametrize("section", ["broker", "weights"])
+def test_an_address_that_names_nobody_is_refused(tmp_path: Path, section: str, host: str) -> None:
+    both = {"broker": {"bind": "10.1.2.3", "keys": tmp_path}, "weights": {"bind": "10.1.2.3"}}
+    both[section] = {**both[section], "bind": host}
+    with pytest.raises(UserError, match=rf"^{section}\.bind: name the one address"):
+        check_bind(scripted_recipe(tmp_path, **both))
+
+
+def test_weights_must_reach_as_far_as_the_broker(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^weights\.bind: '127\.0\.0\.1' is not reached"):
+        check_bind(scripted_recipe(tmp_path, broker={"bind": "10.1.2.3", "keys": tmp_path}))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
