@@ -6,6 +6,7 @@ Invariant: at most one broker serves a folder (the kernel's file lock goes with 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,8 +25,8 @@ class Claim:
     """Holds the lock of a run folder until `release`.
 
     Raises:
-        UserError: another broker holds it, or the folder cannot be written; or it holds a run and `resume` is
-            False.
+        UserError: another broker holds it, or the folder cannot be written or locked; or it holds a run and
+            `resume` is False.
     """
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
@@ -37,9 +38,9 @@ class Claim:
             raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(self._lock)
-            raise UserError(f"another broker is serving '{folder}'.", setting="run.name") from None
+            raise _not_locked(folder, error) from None
         if not resume and _was_served(folder):
             os.close(self._lock)
             raise UserError(
@@ -61,6 +62,18 @@ class Claim:
         """Give the folder free. The address goes first: nobody shall wait at a door behind which nobody is."""
         (self.folder / ADDRESS_FILE).unlink(missing_ok=True)
         os.close(self._lock)
+
+
+def _not_locked(folder: Path, error: OSError) -> UserError:
+    """What a refused lock means: somebody holds it, or the file system has none (Lustre without `-o flock`)."""
+    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        return UserError(f"another broker is serving '{folder}'.", setting="run.name")
+    return UserError(f"the file system of '{folder}' {no_flock(error)}", setting="run.root")
+
+
+def no_flock(error: OSError) -> str:
+    """The end of a sentence about a file system that refuses `flock` for another reason than that it is held."""
+    return f"does not lock files (flock: {error.strerror}): mount it with flock, or choose another folder."
 
 
 def _was_served(folder: Path) -> bool:

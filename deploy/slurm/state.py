@@ -71,7 +71,20 @@ def earlier_state(folder: Path) -> State | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's Slurm state for this process alone."""
-    with (folder / "slurm" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold the run's Slurm state for this process alone.
+
+    Raises:
+        UserError: the folder cannot be written, or its file system does not lock files.
+    """
+    from broker.run_folder import no_flock
+
+    try:
+        file = (folder / "slurm" / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write '{folder / 'slurm'}': {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"the file system of '{folder}' {no_flock(error)}") from None
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import re
 import subprocess
 from dataclasses import replace
@@ -18,6 +20,7 @@ from deploy.slurm.plan import Options, cluster_overrides, make_plan, seconds_of
 from deploy.slurm.queue import Task, array_ranges, call, default_limit, require_slurm
 from deploy.slurm.scale import plan_change
 from deploy.slurm.scripts import render
+from deploy.slurm.state import locked
 from deploy.slurm.submit import resolve, submit_recipe
 from tests.slurm.recipes import write_recipe
 
@@ -285,6 +288,19 @@ def test_without_slurm_nothing_is_written(recipe_file, monkeypatch):
         require_slurm()
     with pytest.raises(UserError, match="sbatch not found"):
         call("sbatch")
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(UserError, match="does not lock files .flock: Function not implemented"),
+        locked(tmp_path),
+    ):
+        pass
 
 
 @given(st.sets(st.integers(0, 1000)))

@@ -1,0 +1,35 @@
+"""A lock that is held and a file system without locks are told apart."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from broker.run_folder import Claim
+from common.errors import UserError
+
+
+def test_a_folder_that_is_served(tmp_path: Path) -> None:
+    claim = Claim(tmp_path, resume=False)
+    try:
+        with pytest.raises(UserError, match=r"^run\.name: another broker is serving"):
+            Claim(tmp_path, resume=True)
+    finally:
+        claim.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        UserError, match=r"^run\.root: the file system of .* does not lock files \(flock: "
+    ) as seen:
+        Claim(tmp_path, resume=True)
+    assert os.strerror(number) in str(seen.value)
