@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found again for sure.
 
-Invariant: a folder named `step-N` is complete, because it gets its name last; whatever a crash or a full disk
-leaves behind has another name and is never chosen. The pointer `latest.json` is replaced atomically after it, for
+Invariant: a folder named `step-N` is complete, because it gets its name last, after its files are on the disk;
+whatever a crash or a full disk leaves behind has another name and is never chosen. A checkpoint that might still be
+wanted (ahead of the ledger, or damaged) is renamed, never deleted, until a later one is safe. The pointer `latest.json` is replaced atomically after it, for
 people and tools. The checkpoint of step N is the state *before* step N: N steps are done, the policy is version N.
 
     checkpoints/
@@ -19,7 +20,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from common.errors import RunFailedError, UserError
 from common.recipe.schema import Recipe
+from learner.durable import cut_short, damage_of, to_disk
 from learner.engine import Engine, effective_stage
 from learner.model import bytes_of_checkpoint
 from learner.ranks import Ranks
@@ -36,6 +38,8 @@ log = logging.getLogger("slipstream.learner")
 
 POINTER = "latest.json"
 EXPORT = "hf"
+REMAINS = (".partial-*", ".deleted-*")  # of a crash
+SET_ASIDE = (".ahead-*", ".damaged-*")
 # A change of these makes the saved state another model's or another layout's.
 BOUND_SETTINGS = (
     "model.path",
@@ -73,15 +77,48 @@ class Checkpoints:
         found = (Saved(_step_of(path), path) for path in self.folder.glob("step-*") if path.is_dir())
         return sorted(saved for saved in found if saved.step >= 0)
 
-    def newest(self, at_most: int) -> Saved | None:
-        """The newest complete checkpoint that is not ahead of step `at_most`."""
-        return max((saved for saved in self.complete() if saved.step <= at_most), default=None)
+    def to_resume(self, at_most: int) -> Saved | None:
+        """The checkpoint to go on from: the newest that is not ahead of step `at_most` and is whole.
+
+        One whose files were cut short is set aside. None where there is no checkpoint at all.
+
+        Raises:
+            UserError: there are checkpoints, and none to go on from; nothing was deleted.
+        """
+        found = self.complete()
+        for saved in reversed(found):
+            if saved.step > at_most:
+                continue
+            if (damage := cut_short(saved.folder)) is None:
+                return saved
+            self._set_aside(saved, "damaged", damage)
+        if found:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be continued: those up to step {at_most}, where the broker "
+                "stands, are damaged or missing. Move the others away to start again from the base model.",
+                setting="run.name",
+            )
+        return None
 
     def discard_after(self, step: int) -> None:
-        """Set aside checkpoints of a history that a rewind to `step` has ended."""
-        for saved in self.complete() if self._ranks.leads else ():
+        """Set aside checkpoints of a history that a rewind to `step` has ended, and remove what a crash left."""
+        if not self._ranks.leads:
+            return
+        self._remove(REMAINS)
+        for saved in self.complete():
             if saved.step > step:
-                self._delete(saved)
+                self._set_aside(saved, "ahead", f"the run goes on from step {step}")
+
+    def _set_aside(self, saved: Saved, why: str, reason: str) -> None:
+        aside = saved.folder.with_name(f".{why}-{saved.step:06d}")
+        shutil.rmtree(aside, ignore_errors=True)
+        saved.folder.rename(aside)
+        log.warning("checkpoint %s is set aside as %s: %s", saved.folder.name, aside.name, reason)
+
+    def _remove(self, patterns: Iterable[str]) -> None:
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     # --- saving -----------------------------------------------------------------------------------------
 
@@ -100,16 +137,27 @@ class Checkpoints:
             return self._give_up(partial, f"less than {bytes_of_checkpoint(engine.policy) >> 20} MiB free")
         try:
             self._write(engine, step, partial, export)
-        except (OSError, RuntimeError) as error:
+            if self._ranks.leads:
+                self._complete(step, partial, target)
+        except Exception as error:  # safetensors, for one, has an error of its own for a full disk
             if self._ranks.world > 1:
                 raise  # the ranks are out of step: the launcher restarts them from the last checkpoint
-            return self._give_up(partial, str(error))
-        if self._ranks.leads:
-            self._delete(Saved(step, target))
-            partial.rename(target)
-            self._point_at(step, target)
+            log.debug("writing a checkpoint failed", exc_info=True)
+            return self._give_up(partial, f"{type(error).__name__}: {error}")
         self._ranks.barrier()
         return Saved(step, target)
+
+    def _complete(self, step: int, partial: Path, target: Path) -> None:
+        """Give a written checkpoint its name, once its files are on the disk."""
+        for path in (*partial.rglob("*"), partial):
+            to_disk(path)
+        self._delete(Saved(step, target))
+        partial.rename(target)
+        to_disk(self.folder)
+        try:
+            self._point_at(step, target)
+        except OSError as error:
+            log.warning("%s still names an earlier checkpoint: %s", self.folder / POINTER, error)
 
     def _has_room(self, engine: Engine) -> bool:
         if self._ranks.leads:
@@ -155,8 +203,16 @@ class Checkpoints:
         Raises:
             UserError: the recipe has changed in a setting that the saved state is bound to.
             RunFailedError: DeepSpeed does not find its files.
+            Exception: it cannot read them. Where they are damaged, they are set aside first: the restarted learner
+                goes on from the checkpoint before.
         """
-        path, state = engine.deepspeed.load_checkpoint(str(self.folder), tag=_folder_name(step))
+        try:
+            path, state = engine.deepspeed.load_checkpoint(str(self.folder), tag=_folder_name(step))
+        except Exception:
+            saved = Saved(step, self.folder / _folder_name(step))
+            if self._ranks.leads and (damage := damage_of(saved.folder)) is not None:
+                self._set_aside(saved, "damaged", damage)
+            raise
         if path is None:
             raise RunFailedError(f"the learner cannot load {self.folder / _folder_name(step)}")
         self._compare(state["recipe"])
@@ -179,7 +235,7 @@ class Checkpoints:
     # --- keeping ----------------------------------------------------------------------------------------
 
     def prune(self, accuracy: Mapping[int, float]) -> None:
-        """Delete all but the last n and the best.
+        """Delete all but the last n and the best, and what was set aside: a later checkpoint is safe.
 
         Args:
             accuracy: held-out accuracy by policy version, as far as evaluated.
@@ -193,6 +249,7 @@ class Checkpoints:
         for saved in complete:
             if saved.step not in keep:
                 self._delete(saved)
+        self._remove(SET_ASIDE)
 
     def _delete(self, saved: Saved) -> None:
         if saved.folder.exists():

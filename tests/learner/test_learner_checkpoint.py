@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from common.errors import UserError
 from learner import checkpoint
@@ -28,7 +30,7 @@ class Shards:
     def save_checkpoint(self, folder: str, tag: str, client_state: dict, save_latest: bool) -> None:
         target = Path(folder) / tag
         target.mkdir()
-        (target / "shard.pt").write_text(str(client_state["step"]))
+        torch.save({"step": client_state["step"]}, target / "shard.pt")
         if self.fails is not None:
             raise self.fails
 
@@ -53,12 +55,74 @@ def test_the_pointer_names_the_newest_and_never_more_than_the_ledger_knows(check
     pointer = json.loads((checkpoints.folder / "latest.json").read_text())
     assert pointer == {"step": 4, "folder": "step-000004"}
     assert (checkpoints.folder / "step-000004" / "hf").is_dir()
-    assert checkpoints.newest(10).step == 4
-    assert checkpoints.newest(3).step == 2
-    assert checkpoints.newest(1) is None
+    assert checkpoints.to_resume(10).step == 4
+    assert checkpoints.to_resume(3).step == 2
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer failed")])
+def test_checkpoints_ahead_of_the_ledger_are_refused_and_not_deleted(checkpoints, engine):
+    """The broker was away while the learner trained on: starting from the base model would cost the whole run."""
+    assert checkpoints.to_resume(0) is None, "there is none at all: a new run"
+    checkpoints.save(engine, 2, lambda _: None)
+    with pytest.raises(UserError, match="up to step 1, where the broker stands"):
+        checkpoints.to_resume(1)
+    assert steps(checkpoints) == [2]
+
+
+def test_a_checkpoint_that_was_cut_short_is_set_aside_for_the_one_before(checkpoints, engine):
+    for step in (2, 4):
+        checkpoints.save(engine, step, lambda _: None)
+    shard = checkpoints.folder / "step-000004" / "shard.pt"
+    os.truncate(shard, shard.stat().st_size - 10)
+    assert checkpoints.to_resume(10).step == 2
+    assert (checkpoints.folder / ".damaged-000004" / "shard.pt").exists()
+    os.truncate(checkpoints.folder / "step-000002" / "shard.pt", 0)
+    with pytest.raises(UserError, match="damaged or missing"):
+        checkpoints.to_resume(10)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_cannot_be_loaded_is_set_aside_only_if_it_is_damaged(checkpoints, engine, damaged):
+    checkpoints.save(engine, 2, lambda _: None)
+    shard = checkpoints.folder / "step-000002" / "shard.pt"
+    if damaged:  # in the middle, where nothing shows it but a checksum
+        content = bytearray(shard.read_bytes())
+        content[content.index(b"step") + 1] ^= 255
+        shard.write_bytes(content)
+    assert checkpoints.to_resume(2).step == 2
+
+    def fail(folder: str, tag: str) -> None:
+        raise RuntimeError("cannot load")  # or the GPU's memory is full
+
+    engine.deepspeed.load_checkpoint = fail
+    with pytest.raises(RuntimeError, match="cannot load"):
+        checkpoints.load(engine, 2)
+    assert steps(checkpoints) == ([] if damaged else [2])
+
+
+def test_files_are_on_the_disk_before_the_checkpoint_has_its_name(checkpoints, engine, monkeypatch):
+    order: list[str] = []
+    sync = checkpoint.to_disk
+    monkeypatch.setattr(checkpoint, "to_disk", lambda path: (order.append(path.name), sync(path)))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (order.append("renamed"), rename(self, to))[1])
+    checkpoints.save(engine, 2, lambda folder: folder.mkdir())
+    assert set(order[:3]) == {"shard.pt", "hf", ".partial-000002"}
+    assert order[3:] == ["renamed", "checkpoints"]
+
+
+def test_what_a_crash_left_behind_is_removed_at_the_start(checkpoints, engine):
+    checkpoints.save(engine, 2, lambda _: None)
+    for name in (".partial-000004", ".deleted-000001"):
+        (checkpoints.folder / name).mkdir()
+        (checkpoints.folder / name / "shard.pt").write_text("much")
+    checkpoints.discard_after(2)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest.json", "step-000002"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("writer failed"), SafetensorError("io error")],
+)
 def test_a_full_disk_leaves_the_checkpoint_before(checkpoints, engine, error):
     checkpoints.save(engine, 2, lambda _: None)
     engine.deepspeed.fails = error
@@ -68,6 +132,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(checkpoints, engine, error):
     assert [path.name for path in checkpoints.folder.iterdir() if "partial" in path.name] == []
     engine.deepspeed.fails = None
     assert checkpoints.save(engine, 6, lambda _: None).step == 6
+
+
+def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(checkpoints, engine):
+    checkpoints.save(engine, 2, lambda _: None)
+    (checkpoints.folder / "latest.json.new").mkdir()
+    assert checkpoints.save(engine, 4, lambda _: None).step == 4
+    assert steps(checkpoints) == [2, 4]
+    assert json.loads((checkpoints.folder / "latest.json").read_text())["step"] == 2
 
 
 def test_too_little_room_is_seen_before_writing(checkpoints, engine, monkeypatch):
@@ -81,7 +153,7 @@ def test_a_half_written_checkpoint_is_never_chosen(checkpoints, engine):
     for name in (".partial-000004", ".deleted-000004", "step-xyz", "step-"):
         (checkpoints.folder / name).mkdir()
     (checkpoints.folder / "latest.json").write_text('{"step": 4, "fol')
-    assert checkpoints.newest(100).step == 2
+    assert checkpoints.to_resume(100).step == 2
     assert checkpoints.save(engine, 4, lambda _: None).step == 4
 
 
@@ -90,9 +162,12 @@ def test_an_ended_history_is_set_aside_and_may_be_written_again(checkpoints, eng
         checkpoints.save(engine, step, lambda _: None)
     checkpoints.discard_after(2)
     assert steps(checkpoints) == [2]
+    assert {path.name for path in checkpoints.folder.glob(".*")} == {".ahead-000004", ".ahead-000006"}
     for _ in range(2):
         checkpoints.save(engine, 4, lambda _: None)
     assert steps(checkpoints) == [2, 4]
+    checkpoints.prune({})
+    assert list(checkpoints.folder.glob(".*")) == [], "a later one is safe"
 
 
 def test_the_last_n_and_the_best_are_kept(checkpoints, engine):
