@@ -216,9 +216,9 @@ class Learner:
                     setting="run.root",
                 )
             return None
-        saved = checkpoints.newest(self._welcome.step)
+        saved = checkpoints.to_resume(self._welcome.step)
         if saved is None:
-            log.warning("no checkpoint up to step %d: starting from the base model", self._welcome.step)
+            log.warning("there is no checkpoint: starting from the base model")
         return saved
 
     def _serve(self) -> None:
@@ -328,13 +328,14 @@ class Learner:
     def _checkpoint(self) -> Saved | None:
         self._be("checkpointing")
         with self._clock("checkpointing"):
-            if self._link is not None:
-                self._link.flush(DELIVER_S)  # a checkpoint ahead of the ledger could not be resumed from
+            # A checkpoint ahead of the ledger cannot be resumed from: then those before it must stay.
+            told = self._link is not None and self._link.flush(DELIVER_S)
             saved = self._checkpoints.save(self._engine, self._step, self._export)
             if saved is not None and self._link is not None:
                 self._link.post(Pin(step=saved.step, path=str(saved.folder)))
                 self._link.ask_accuracy()
-                self._checkpoints.prune(self._link.accuracy)
+                if told:
+                    self._checkpoints.prune(self._link.accuracy)
         return saved
 
     def _export(self, folder: Path) -> None:
