@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from common.errors import UserError
 from learner import checkpoint
 from learner.checkpoint import Checkpoints, Saved, best
+from learner.main import Learner
+from learner.metrics import Clock
 from learner.ranks import Ranks
 from learner.schedule import lr_factor
 from tests.learner.tiny import tiny_recipe
@@ -177,6 +179,25 @@ def test_the_last_n_and_the_best_are_kept(checkpoints, engine):
     assert steps(checkpoints) == [1, 5, 6]  # the evaluation of version 0 is the newest known to step 1
     checkpoints.prune({})
     assert steps(checkpoints) == [5, 6]
+
+
+@pytest.mark.parametrize("broker_there", [True, False])
+def test_nothing_is_pruned_that_the_ledger_may_need(checkpoints, engine, monkeypatch, broker_there):
+    """Of checkpoints that the broker does not know of yet, none can be resumed from: the older ones must stay."""
+    for step in (1, 2, 3):
+        checkpoints.save(engine, step, lambda _: None)
+    link = SimpleNamespace(
+        flush=lambda seconds: broker_there,
+        post=lambda message: None,
+        ask_accuracy=lambda: None,
+        be=lambda state, waiting_for: None,
+        accuracy={},
+    )
+    learner = Learner.__new__(Learner)
+    learner._clock, learner._link, learner._checkpoints = Clock(), link, checkpoints
+    learner._engine, learner._step, learner._export = engine, 4, lambda folder: None
+    learner._checkpoint()
+    assert steps(checkpoints) == ([3, 4] if broker_there else [1, 2, 3, 4])
 
 
 def test_best_is_the_later_of_equals_and_needs_an_evaluation():
