@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 keys = typer.Typer(
     help="CURVE keys: with them, connections are encrypted and only their holders can join a run.",
@@ -37,5 +38,5 @@ def show(folder: FolderArgument) -> None:
 
     table = Table("key", "public key (Z85)")
     for name, public in public_keys(folder).items():
-        table.add_row(name, public)
+        table.add_row(Text(name), Text(public))  # a key may hold what rich takes for markup: [sHQt^/Q0@+]
     Console().print(table)

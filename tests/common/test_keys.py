@@ -103,3 +103,9 @@ def test_the_verb_makes_and_shows(tmp_path: Path) -> None:
     shown = CliRunner().invoke(keys, ["show", str(folder)]).output
     assert public_keys(folder)["server"][:20] in shown
     assert "clients/client" in shown
+
+
+def test_a_key_that_looks_like_markup_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "m[sHQt^/Q0@+]c2<=bold>[/]kD[red]Xa1:b:c0"
+    monkeypatch.setattr("common.keys.public_keys", lambda folder: {"server": key})
+    assert key in CliRunner().invoke(keys, ["show", str(tmp_path)]).output
