@@ -394,9 +394,6 @@ class LaunchSection(Section):
     """How the one-machine launcher shares out cores and GPUs."""
 
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto`: gpu where NVML finds one.")
-    learner_gpus: PositiveInt | None = Field(
-        None, description="GPUs for the learner; default: learner.ranks."
-    )
     shared_gpu: bool = Field(False, description="Learner and actors share one GPU.")
     learner_cores: PositiveInt | None = Field(
         None, description="Cores per learner rank on CPU; default: shared out evenly."

@@ -71,7 +71,7 @@ def share_out(recipe: Recipe, cores: list[int], gpus: list[str]) -> Layout:
 
 
 def _on_gpus(recipe: Recipe, cores: list[int], gpus: list[str]) -> Layout:
-    for_learner = recipe.launch.learner_gpus or recipe.learner.ranks
+    for_learner = recipe.learner.ranks
     for_actors = recipe.actor.count * recipe.actor.tensor_parallel
     if recipe.launch.shared_gpu:
         if not gpus:
