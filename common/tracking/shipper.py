@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Shipper:
         if self._delivery.uri not in ("", uri):  # another store knows nothing of what this one was sent
             self._delivery = Delivery()
         self._delivery.uri = uri
-        self._delivery.save(folder)
+        self._save_if_possible()
         self._run: MlflowRun | None = None
         self._tables = Tables()
         self._last: Record | None = None  # that was delivered
@@ -117,7 +118,7 @@ class Shipper:
         before, self._delivery.error = self._delivery.error, None if error is None else one_line(error)
         if self._delivery.error == before:
             return
-        self._delivery.save(self.folder)
+        self._save_if_possible()
         if error is None:
             log.info("MLflow at %s takes points again", self.shown_uri)
         elif before is None:
@@ -126,6 +127,11 @@ class Shipper:
                 self.shown_uri,
                 self._delivery.error,
             )
+
+    def _save_if_possible(self) -> None:
+        """A full disk, where the error came from perhaps, ends no tracking: the next delivery saves again."""
+        with suppress(OSError):
+            self._delivery.save(self.folder)
 
     def _open(self) -> MlflowRun:
         """Connect; find or make the run; what belongs to its beginning."""
@@ -206,13 +212,21 @@ def ship_until_end(
     ended_at = 0.0
     while True:
         if files is None and (end := spool.end()) is not None:
-            files, ended_at = finalise(end), time.monotonic()
+            files, ended_at = _final_files(finalise, end), time.monotonic()
         delivered = _try(shipper, files)
         if delivered:
             return True
         if files is not None and time.monotonic() - ended_at > patience_s:
             return False
         time.sleep(POLL_S if delivered is False else RETRY_S)
+
+
+def _final_files(finalise: Callable[[Record], list[Path]], end: Record) -> list[Path]:
+    try:
+        return finalise(end)
+    except OSError as error:  # a full disk: the points are more than the summary of them
+        log.warning("the run's summary was not written: %s", error)
+        return []
 
 
 def _try(shipper: Shipper, files: Sequence[Path] | None) -> bool | None:

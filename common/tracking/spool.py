@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SPOOL = "metrics.jsonl"
+END_ATTEMPTS, END_RETRY_S = 30, 1.0  # without its end a run would count as running for ever
 
 
 class Record(NamedTuple):
@@ -32,19 +33,36 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.dropped = 0
+        self._broken = False  # the last line may be half written
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_broken_line(path)
 
     def append(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one point; values that JSON cannot hold (NaN, infinities) become null."""
+        """Append one point; values that JSON cannot hold (NaN, infinities) become null.
+
+        The last point of a run, `end`, waits for space: up to `END_ATTEMPTS` x `END_RETRY_S` seconds.
+        """
         line = json.dumps(
             {"time": time.time(), "kind": kind, "step": step, "values": _finite(values)}, ensure_ascii=False
         )
+        attempts = END_ATTEMPTS if kind == "end" else 1
+        while not self._write(line):
+            attempts -= 1
+            if not attempts:
+                self.dropped += 1
+                return
+            time.sleep(END_RETRY_S)
+
+    def _write(self, line: str) -> bool:
+        start = "\n" if self._broken else ""  # ends the half line, so that it spoils no later point
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(f"{start}{line}\n")
         except OSError:
-            self.dropped += 1
+            self._broken = True
+            return False
+        self._broken = False
+        return True
 
 
 def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:

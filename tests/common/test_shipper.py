@@ -199,6 +199,33 @@ def test_a_store_that_never_answers_is_given_up_after_the_end(
     assert len(finalised) == 1, "the summary does not wait for MLflow"
 
 
+def test_a_full_disk_is_waited_out(
+    tmp_path: Path, store: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot write down how far it came must neither end nor stop delivering."""
+    monkeypatch.setattr(sh, "RETRY_S", 0.01)
+    monkeypatch.setattr(sh, "POLL_S", 0.01)
+    spool.append("learner", 0, {"reward": 1.0})
+    spool.append("end", 1, {"status": "finished"})
+    save, full = Delivery.save, [None] * 5
+
+    def on_a_full_disk(delivery: Delivery, folder: Path) -> None:
+        if full:
+            full.pop()
+            raise OSError(28, "No space left on device")
+        save(delivery, folder)
+
+    monkeypatch.setattr(Delivery, "save", on_a_full_disk)
+    one = shipper(tmp_path, store)
+
+    def finalise(end: Record) -> list[Path]:
+        raise OSError(28, "No space left on device")
+
+    assert sh.ship_until_end(one, finalise)
+    assert history(store, one.run_id, "learner/reward") == [(0, 1.0)]
+    assert MlflowClient(store).get_run(one.run_id).info.status == "FINISHED"
+
+
 def test_passwords_are_not_shown() -> None:
     assert without_password("https://me:secret@host:5000/x") == "https://host:5000/x"
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"

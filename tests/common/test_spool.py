@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +45,41 @@ def test_a_line_being_written_waits(tmp_path: Path) -> None:
     assert list(read_spool(path)) == []
     path.write_text(line + "\n")
     assert len(list(read_spool(path))) == 1
+
+
+class FullDisk:
+    """A file object whose first writes are cut in half by a full disk."""
+
+    def __init__(self, path: Path, failures: int) -> None:
+        self.path, self.failures, self._open = path, failures, Path.open
+
+    def open(self, mode: str, encoding: str):
+        if self.failures:
+            self.failures -= 1
+            line = json.dumps({"time": 1.0, "kind": "learner", "step": 0, "values": {}})
+            with self._open(self.path, "a") as file:
+                file.write(line[: len(line) // 2])
+            raise OSError(28, "No space left on device")
+        return self._open(self.path, mode, encoding=encoding)
+
+
+def test_half_a_line_left_by_a_full_disk_spoils_no_later_point(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "m.jsonl")
+    spool.append("learner", 0, {})
+    spool.path = FullDisk(tmp_path / "m.jsonl", 1)
+    for step in (1, 2, 3):
+        spool.append("learner", step, {})
+    assert spool.dropped == 1
+    assert [record.step for record in read_spool(tmp_path / "m.jsonl")] == [0, 2, 3]
+
+
+def test_the_end_waits_for_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.tracking.spool.END_RETRY_S", 0.001)
+    spool = Spool(tmp_path / "m.jsonl")
+    spool.path = FullDisk(tmp_path / "m.jsonl", 5)
+    spool.append("end", 1, {"status": "finished"})
+    assert [record.kind for record in read_spool(tmp_path / "m.jsonl")] == ["end"]
+    assert spool.dropped == 0
 
 
 def test_a_full_disk_drops_points_and_counts_them(tmp_path: Path) -> None:
