@@ -7,6 +7,7 @@ whether the response came to an end by itself.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +51,15 @@ def sampler_of(name: str, seed: int, setting: Setting) -> Sampler:
     if setting.full:
         return _engine(where(name, seed, setting))
     return LocalSampler(where(name, seed, setting))
+
+
+def request_seed(seed: int, number: int) -> int:
+    """31 bits for question `number` of a repetition.
+
+    Engines give sample i of a request the seed of the request + i: with seeds that are next to one another,
+    repetitions and questions would share all samples but one.
+    """
+    return random.Random(f"{seed}/{number}").getrandbits(31)
 
 
 class LocalSampler:
@@ -125,15 +135,16 @@ class EndpointSampler:
         max_tokens: int,
         seed: int = 0,
     ) -> list[list[Response]]:
-        sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        sampling = {"temperature": temperature, "max_tokens": max_tokens}
         if template.stop:
             sampling["stop"] = template.stop
 
-        def ask(question: str) -> list[Response]:
-            choices = self._client.complete(template.render(question), samples, **sampling)
+        def ask(number: int) -> list[Response]:
+            own = {**sampling, "seed": request_seed(seed, number)}
+            choices = self._client.complete(template.render(questions[number]), samples, **own)
             return [_received(choice, template) for choice in choices]
 
-        return at_once(ask, questions)
+        return at_once(ask, range(len(questions)))
 
 
 def _received(choice: Any, template: Template) -> Response:
@@ -185,7 +196,11 @@ class EngineSampler:
 
         async def ask(number: int) -> list[Response]:
             sampling = Sampling(
-                temperature, max_tokens, tuple(template.stop), template.include_stop, seed=seed + number
+                temperature,
+                max_tokens,
+                tuple(template.stop),
+                template.include_stop,
+                seed=request_seed(seed, number),
             )
             found = await self._engine.generate(prompts[number], samples, sampling)
             return [Response(s.text, len(s.tokens), s.finish == "stop") for s in found]
