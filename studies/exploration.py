@@ -11,7 +11,7 @@ from common.verifier import Outcome
 from studies.curves import claim
 from studies.figures import band, grid
 from studies.judges import judge_of
-from studies.probing import Analysis, best_template, max_tokens, probe_problems, verdict
+from studies.probing import Analysis, best_template, max_tokens, probe_problems, verdicts
 from studies.samplers import Sampler
 from studies.study import Budget, Setting, Table
 from studies.verdict import Expectation, Row, mean
@@ -82,10 +82,10 @@ class Exploration(Analysis):
                 max_tokens=tokens,
                 seed=seed,
             )
-            right = [
-                sum(verdict(response, problem, template) is Outcome.CORRECT for response in responses)
-                for responses, problem in zip(found, problems, strict=True)
-            ]
+            pairs = [(r, problem) for problem, some in zip(problems, found, strict=True) for r in some]
+            outcomes = verdicts(pairs, template, full=setting.full)
+            each = [outcomes[start : start + SAMPLES] for start in range(0, len(outcomes), SAMPLES)]
+            right = [some.count(Outcome.CORRECT) for some in each]
             rows.append(
                 {
                     "template": chosen,

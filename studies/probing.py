@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.tasks.sets import BENCHMARKS, load_questions
 from common.tasks.templates import Template, get_template
-from common.verifier import Outcome, grade
+from common.verifier import Level, Outcome, VerifierPool, grade
 from studies.judges import Judge
 from studies.questions import held_out
 from studies.samplers import Response, Sampler, sampler_of
@@ -24,10 +24,13 @@ from studies.verdict import Row
 CANDIDATES = ("no", "r1", "qwen_math")
 MINIATURE_TOKENS = 48
 FULL_TOKENS = 3000
+LEVELS = (1, 2, 3, 4, 5)  # of MATH
 
 
 class Analysis(Study):
     """A study that samples base models: one unit for each model and pretraining seed, or for the served model.
+
+    A model of the hub has no pretraining seeds: it is analysed once, and a claim about it has one repetition.
 
     Attributes:
         bases: names in the zoo.
@@ -36,7 +39,8 @@ class Analysis(Study):
     bases: ClassVar[tuple[str, ...]]
 
     def models(self, setting: Setting) -> list[tuple[str, int]]:
-        return [(base, seed) for seed in setting.seeds for base in self.bases]
+        seeds = setting.seeds[:1] if setting.full else setting.seeds
+        return [(base, seed) for seed in seeds for base in self.bases]
 
     def units(self, setting: Setting) -> list[Unit]:
         models = [(setting.endpoint_model, 0)] if setting.endpoint else self.models(setting)
@@ -58,10 +62,12 @@ def max_tokens(setting: Setting) -> int:
 
 
 def probe_problems(setting: Setting, count: int) -> list[Problem]:
-    """The first `count` questions to probe with: held out in the miniature, MATH's training set in full size."""
-    if setting.full:
-        return [Problem(row["problem"], row) for row in load_questions("math_12k", limit=count)]
-    return as_problems(held_out(count))
+    """`count` questions to probe with: held out in the miniature, MATH's training set in full size, where each of the
+    five levels has as many (the paper: 100 of each), in turn."""
+    if not setting.full:
+        return as_problems(held_out(count))
+    levels = [load_questions("math_12k", levels=[level], limit=count // len(LEVELS)) for level in LEVELS]
+    return [Problem(row["problem"], row) for rows in zip(*levels, strict=True) for row in rows]
 
 
 def benchmark_problems() -> dict[str, list[Problem]]:
@@ -74,11 +80,35 @@ def as_problems(questions: Sequence) -> list[Problem]:
     return [Problem(question.problem, asdict(question)) for question in questions]
 
 
-def verdict(response: Response, problem: Problem, template: Template) -> Outcome:
-    """The verifier's word; a response cut at the budget is `truncated`."""
+def verdicts(
+    pairs: Sequence[tuple[Response, Problem]], template: Template, *, full: bool, level: Level = "full"
+) -> list[Outcome]:
+    """The verifier's word on each response.
+
+    Args:
+        pairs: responses, each with its question.
+        template: under which they were sampled.
+        full: as the paper's evaluation, with the verifier of `level`; a response cut at the budget is graded like any
+            other. In the miniature level `fast`, and such a response is `truncated`.
+        level: of the verifier in full size; Table 1 has `full`.
+    """
+    if not full:
+        return [_verdict(response, problem, template) for response, problem in pairs]
+    texts = ((response.text, problem.row["answer"]) for response, problem in pairs)
+    with VerifierPool(level=level, template=template.extraction) as pool:  # which ends what takes too long
+        return [found.verdict for found in pool.grade_many(texts)]
+
+
+def _verdict(response: Response, problem: Problem, template: Template) -> Outcome:
     if not response.finished:
         return Outcome.TRUNCATED
     return grade(response.text, problem.row["answer"], template=template.extraction).verdict
+
+
+def accuracy(pairs: Sequence[tuple[Response, Problem]], template: Template, **how: Any) -> float:
+    """Share of responses that are correct; `how` goes to `verdicts`."""
+    found = verdicts(pairs, template, **how)
+    return sum(outcome is Outcome.CORRECT for outcome in found) / len(found)
 
 
 def greedy(sampler: Sampler, problems: Sequence[Problem], template: Template, tokens: int) -> list[Response]:
