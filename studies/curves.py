@@ -116,6 +116,12 @@ def claim(value: Callable[[Sequence[Row]], float]) -> Callable[[Sequence[Row]], 
     return lambda rows: per_seed(rows, value)
 
 
+def of_base(value: Callable[[Sequence[Row]], float]) -> Callable[[Sequence[Row]], list[float]]:
+    """A measure of the base models before training: all seeds start from the same ones and answer the same questions
+    greedily, so that it is one number, whatever the number of seeds."""
+    return lambda rows: per_seed(rows, value)[:1]
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and range over seeds as text."""
     known = [value for value in values if value == value]

@@ -15,7 +15,7 @@ from common.verifier import Outcome
 from studies.curves import claim, size
 from studies.figures import band, grid
 from studies.judges import KEYWORDS, Judge, Reflection, judge_of, keywords_in
-from studies.probing import Analysis, best_template, max_tokens, probe_problems, verdict
+from studies.probing import Analysis, best_template, max_tokens, probe_problems, verdicts
 from studies.samplers import Response, Sampler
 from studies.second_thoughts import SUPERFICIAL, Behaviour, behaviour
 from studies.study import Budget, Setting, Table
@@ -59,15 +59,20 @@ def planted_share(rows: Sequence[Row], model: str) -> float:
 
 
 def accuracy_differences(rows: Sequence[Row]) -> list[float]:
-    """Accuracy of responses with a reflection - of those without, for each question that has both.
+    """Accuracy of responses with a reflection - of those without: one value for each question that has both.
 
-    At one temperature: both reflections and wrong answers become more frequent as it rises.
+    Compared for one model at one temperature, since both reflections and wrong answers become more frequent as it
+    rises; a question's differences are averaged, since models, seeds and temperatures share it.
     """
     groups: dict[tuple, dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
     for row in rows:
         key = row["model"], row["seed"], row["temperature"], row["question"]
         groups[key][row["cross"]].append(float(row["correct"]))
-    return [mean(g[True]) - mean(g[False]) for g in groups.values() if g[True] and g[False]]
+    found: dict[int, list[float]] = defaultdict(list)
+    for (*_, question), group in groups.items():
+        if group[True] and group[False]:
+            found[question].append(mean(group[True]) - mean(group[False]))
+    return [mean(differences) for differences in found.values()]
 
 
 class SelfReflection(Analysis):
@@ -84,7 +89,15 @@ class SelfReflection(Analysis):
     miniature = (
         "The zoo's pretraining text holds a few second thoughts, with other phrases in each model and none in the "
         "control (chat), followed by an attempt that is no better than the first. 60 questions, 8 responses at each "
-        "of four temperatures; the judge is a set of rules unless --judge names a server."
+        "of four temperatures. The judge is a set of rules unless --judge names a server. The rules look for the "
+        "keywords themselves, in a sentence in which the writer speaks; here they agree with the keyword list on all "
+        "but 0.1 % of responses, so that the cross-check tests nothing that the list alone would not."
+    )
+    remark = (
+        "Unclear in the two claims whose value is the same in all three pretrainings: the control never reflects, "
+        "and every keyword found is one of the model's own text. Six pretrainings would decide. The last claim "
+        "was counted again after the run: first as 258 questions, which were the same ones under other models, "
+        "temperatures and seeds; one value for each question moved the mean from -0.117 to -0.110."
     )
     expectations = (
         Expectation(
@@ -145,16 +158,11 @@ class SelfReflection(Analysis):
                 max_tokens=tokens,
                 seed=seed,
             )
-            for number, (problem, responses) in enumerate(zip(problems, found, strict=True)):
-                for response in responses:
-                    outcome = verdict(response, problem, template)
-                    rows.append(
-                        {
-                            "temperature": temperature,
-                            "question": number,
-                            **examine(response, problem, outcome, judge),
-                        }
-                    )
+            pairs = [(r, problem) for problem, some in zip(problems, found, strict=True) for r in some]
+            outcomes = verdicts(pairs, template, full=setting.full)
+            for number, ((response, problem), outcome) in enumerate(zip(pairs, outcomes, strict=True)):
+                known = {"temperature": temperature, "question": number // SAMPLES}
+                rows.append({**known, **examine(response, problem, outcome, judge)})
         return rows
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
@@ -176,7 +184,7 @@ def examine(response: Response, problem: Problem, outcome: Outcome, judge: Judge
         response.text,
         problem.row["answer"],
         correct=outcome is Outcome.CORRECT,
-        answered=outcome in (Outcome.CORRECT, Outcome.WRONG),
+        answered=response.finished and outcome in (Outcome.CORRECT, Outcome.WRONG),
     )
     return {
         "correct": outcome is Outcome.CORRECT,
@@ -286,5 +294,5 @@ def _draw_differences(axis, differences: Sequence[float]) -> None:
         axis.axhline(mean(ordered), color="tab:red", label="mean")
         axis.axhline(ordered[len(ordered) // 2], color="tab:green", linestyle="--", label="median")
         axis.legend(frameon=False, fontsize="small")
-    axis.set(title="accuracy with - without reflection", xlabel="questions (each model and seed), sorted")
+    axis.set(title="accuracy with - without reflection", xlabel="questions, sorted")
     axis.set_ylabel("difference in accuracy")

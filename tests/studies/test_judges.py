@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.tasks.templates import get_template
 from studies.judges import KEYWORDS, ModelJudge, Reflection, RuleJudge, keywords_in
 from studies.openai_client import OpenAIClient
-from studies.probing import verdict
+from studies.probing import verdicts
 from studies.reflection import SelfReflection, accuracy_differences, examine
 from studies.samplers import EndpointSampler, Response
 from studies.second_thoughts import Behaviour, behaviour
@@ -164,7 +164,7 @@ def test_served_model_gets_the_raw_prompt_and_its_stop_string_back(server) -> No
     assert body["prompt"] == template.render("1+1=?")
     assert (body["n"], body["temperature"], body["stop"]) == (3, 0.5, ["</answer>"])
     problem = Problem("1+1=?", {"answer": "2"})
-    assert [verdict(response, problem, template) for response in found[0]] == ["correct"] * 3
+    assert verdicts([(response, problem) for response in found[0]], template, full=False) == ["correct"] * 3
 
 
 @pytest.mark.parametrize("text", [KEYWORD_FALSE_POSITIVE, JUDGE_FALSE_POSITIVE])
@@ -211,9 +211,9 @@ def _rows(*, helps: bool, model: str = "qwen-math") -> list[dict]:
             "behaviour": None,
             "text": None,
         }
-        for seed in range(3)
+        for seed in range(6)
         for temperature in (0.1, 1.0)
-        for question in range(4)
+        for question in range(6)
         for cross in (True, False)
     ]
 
@@ -222,7 +222,7 @@ def test_claims_can_be_refuted() -> None:
     """Reflections that always help, and a control that reflects, refute the claims about them."""
     rows = [*_rows(helps=True), *_rows(helps=True, model="chat"), *_rows(helps=True, model="llama")]
     outcomes = [finding.outcome for finding in SelfReflection().judge(rows).findings]
-    assert accuracy_differences(rows) == [1.0] * 72
+    assert accuracy_differences(rows) == [1.0] * 6  # one for each question, however often it was sampled
     assert outcomes[0] is Outcome.CONFIRMED  # qwen-math reflects
     assert outcomes[2] is Outcome.NOT_CONFIRMED  # but so does the control
     assert outcomes[5] is Outcome.NOT_CONFIRMED  # and it helps
