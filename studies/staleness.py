@@ -7,6 +7,7 @@ that way, so it is measured on the pipeline itself, synchronous (max_staleness 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,24 @@ def _seconds(rows: Sequence[Row], clock: str) -> float:
     return mean([row["seconds"] for row in rows if row["kind"] == "clock" and row.get("clock") == clock])
 
 
+def best_correction_gains(rows: Sequence[Row], age: int = 16) -> list[float]:
+    """Of each seed: reward at the end of the best correction - of none.
+
+    Which one is best, the other seeds say: the largest of six in the same seed is above none by chance alone.
+    """
+    gains = {
+        name: per_seed(rows, lambda seed, n=name: _end(seed, "reward", age, n) - _end(seed, "reward", age))
+        for name in CORRECTIONS[1:]
+    }
+    found = []
+    for index in range(len(next(iter(gains.values())))):
+        others = {name: values[:index] + values[index + 1 :] for name, values in gains.items()}
+        sums = {name: sum(values) for name, values in others.items() if values}
+        sums = {name: total for name, total in sums.items() if math.isfinite(total)}
+        found.append(gains[max(sums, key=sums.__getitem__)][index] if sums else math.nan)
+    return found
+
+
 class Staleness(Study):
     """See the module."""
 
@@ -84,12 +103,8 @@ class Staleness(Study):
             -0.05,
         ),
         Expectation(
-            "reward at the end, staleness 16: best correction - none",
-            claim(
-                lambda rows: (
-                    max(_end(rows, "reward", 16, name) for name in CORRECTIONS[1:]) - _end(rows, "reward", 16)
-                )
-            ),
+            "reward at the end, staleness 16: best correction (by the other seeds) - none",
+            best_correction_gains,
             0.0,
         ),
         Expectation(
@@ -100,11 +115,13 @@ class Staleness(Study):
     )
 
     remark = (
-        "Up to a staleness of 4 nothing is lost; at 8 and 16 the reward of these 32 steps is lower, if only because the "
-        "first 9 and 17 of them train on responses of the untrained policy. The claim on corrections is a weak one, as "
-        "the best of six is taken: their mean is 0.005 above none. Those that replace the clip by weights or masks drift "
-        "further from the behaviour policy (KL 0.03 to 0.06, against 0.02) and answer fewer held-out questions (0.50 to "
-        "0.62, against 0.68): at one update per batch the clip is what keeps an old batch from being followed too far."
+        "Up to a staleness of 4 the mean reward stays (0.51 to 0.53); at 8 and 16 the reward of these 32 steps is lower, if only "
+        "because the first 9 and 17 of them train on responses of the untrained policy. The claim on corrections "
+        "was changed after the run: it took the best of six in the same seed, which is above none by chance alone "
+        "(0.026), and was called confirmed; with the best chosen by the other seeds nothing is left of it. The "
+        "corrections that replace the clip by weights or masks drift further from the behaviour policy (KL 0.03 "
+        "to 0.06, against 0.02) and answer fewer held-out questions (0.50 to 0.62, against 0.68): at one update "
+        "per batch the clip is what keeps an old batch from being followed too far."
     )
 
     def models(self, setting: Setting) -> list[tuple[str, int]]:
