@@ -63,7 +63,7 @@ class Countdown(Study):
         "it learns to search; the rise is the optimisation of a rule-based reward and no emergence of reflection."
     )
     miniature = (
-        "Two numbers up to 9, Dr. GRPO, 120 steps; a base model whose text tries combinations at random and often "
+        "Two numbers up to 9, GRPO as in the linked run, 120 steps; a base model whose text tries combinations at random and often "
         "comes to no answer. Learning rate 1e-3: of 3e-4 and 1e-3 the one with which the reward of GRPO rose further "
         "on a base model of another seed (0.32 to 0.52, 0.36 to 0.65 in 40 steps)."
     )
@@ -81,11 +81,13 @@ class Countdown(Study):
     )
 
     remark = (
-        "The first half of the finding is there, earlier than the check looks: length falls from 16.5 to 13.5 tokens "
-        "within ten steps, while the form is learnt, but the check's start is the mean of the first twelve steps. "
-        "The second half is not: reward goes on rising and length does not. Probable reason: with two numbers and "
-        "three operations the policy learns to pick the right combination at once and needs no search. (The minutes "
-        "above are wall-clock on a crowded machine, summed over two processes; CPU time was 3.8 minutes.)"
+        "The seeds differ. In two of them length falls within ten steps, from 20 and 22 tokens to 13 and 14, "
+        "while the form is learnt, and stays there while reward rises to 0.75: earlier than the check looks, "
+        "whose start is the mean of the first twelve steps. In the third it rises to 30 tokens twice, without any "
+        "gain in reward, and comes back to 15. Nowhere does it end above its start. Probable reason (not measured): with "
+        "two numbers and three operations the policy learns to pick the right combination at once and needs no "
+        "search. Tried: a first run was of Dr. GRPO, which the linked analysis did not use; length fell to 13.5 "
+        "tokens in all its seeds, and the three claims measured 0.226, 0.925 and 1.02."
     )
 
     def units(self, setting: Setting) -> list[Unit]:
@@ -221,6 +223,7 @@ def _mini_run(seed: int, setting: Setting) -> Run:
         model=str(_base_model(seed, setting)),
         problems=_problems(size(setting, 500, 8), seed),
         held_out=_problems(size(setting, 60, 4), 1000),
+        algorithm="grpo",  # the linked run's
         template="no",
         steps=size(setting, 120, 2),
         questions=size(setting, 32, 4),

@@ -42,6 +42,12 @@ miniature did not confirm. Base models are made first, about a minute of one cor
 for all studies; the minutes below are without. Minutes are of one core, an upper bound where others used the machine.
 In the figures lines are means over seeds, bands one standard deviation, whiskers the range over seeds.
 
+With `--full` the protocol is the paper's: 500 questions of MATH's training set to probe with, 100 of each level (which
+ones, the paper does not say); the verifier's level `full` for the analyses, where a response that was cut counts if its
+answer is right; in `leaderboard` each base model under its best template before, the run's own last evaluation after.
+A hub model is one model: `templates`, `exploration` and `reflection` analyse it once, which leaves their claims unclear,
+with the measured values beside the paper's.
+
 With `--full`, `templates`, `exploration` and `reflection` also analyse a model behind an OpenAI-compatible server:
 `--endpoint URL --endpoint-model NAME`; `slipstream serve` writes what starts one on several nodes. The judge is a set
 of rules unless `--judge URL` names a server with a judge model.
