@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
+
 from actors.engine import Engine, EngineLostError, Sampling
 from actors.evaluation import Evaluator
 from actors.heart import Heart
@@ -21,11 +23,13 @@ from actors.prompts import Prompts
 from actors.rollout import Limits, Rollout
 from actors.scoring import Scorer
 from actors.weights import WeightReceiver
+from actors.weights.probe import MismatchProbe
 from common.messages import EvalJob, Heartbeat, Pulse, WeightsAddress, Welcome
 from common.recipe import Recipe
 from common.tasks.templates import get_template
 from common.telemetry import Telemetry
 from common.verifier import VerifierPool
+from common.weights.probe import Probe
 from common.wire import AsyncClient, RefusedError
 
 log = logging.getLogger("slipstream.actor")
@@ -50,7 +54,8 @@ class Actor:
         self._policy, self._meters, self._telemetry = Policy(), Meters(), Telemetry()
         self._grader = VerifierPool.from_recipe(recipe, template)
         self._scorer = Scorer(self._grader)
-        self._weights = _receiver(engine, recipe, name, self._committed)
+        self._weights = _receiver(engine, recipe, name, self._committed, self._probed)
+        self._probe = MismatchProbe(self._score, lambda: self._weights.version, recipe.max_mismatch)
         prompts = Prompts(engine.tokenizer, template)
         self._evaluator = Evaluator(engine, prompts, self._scorer, self._policy, self._weights)
         self._rollout = Rollout(
@@ -79,6 +84,12 @@ class Actor:
         self._evaluation: asyncio.Task[None] | None = None
         self._leaving = Leaving()
 
+    def _probed(self, probe: Probe, version: int) -> None:
+        self._probe.start(probe, version)
+
+    async def _score(self, tokens: list[int]) -> np.ndarray:
+        return await self._engine.score(tokens, cache_salt=self._weights.cache_salt, lora=self._weights.lora)
+
     def _committed(self, version: int) -> None:
         self._policy.committed(version, self._weights.origin or "")
         self._heart.soon()  # a lease request that waits at the broker becomes one of the new version
@@ -88,8 +99,8 @@ class Actor:
         self._leaving.hear_signals()
         await self._scorer.warm_up()
         await self._follow(self._welcome.weights)
-        jobs = [self._weights.run(), self._heart.beat(), self._engine.watch(), self._rollout.run()]
-        tasks = [asyncio.create_task(job) for job in jobs]
+        jobs = (self._weights.run, self._heart.beat, self._engine.watch, self._rollout.run, self._probe.watch)
+        tasks = [asyncio.create_task(job()) for job in jobs]
         try:
             return await self._unless_failed(tasks, self._leaving.ordered(self._drain))
         finally:
@@ -163,6 +174,7 @@ class Actor:
             **self._telemetry.sample(),
             **self._meters.report(),
             **numbers,
+            **{f"weights_{name}": value for name, value in self._probe.meters().items()},
             "sequences": float(self._engine.unfinished),
             "kv_use": self._engine.kv_use,
             "groups_in_hand": float(len(self._rollout.leases)),
@@ -196,12 +208,19 @@ def _limits(recipe: Recipe) -> Limits:
     )
 
 
-def _receiver(engine: Engine, recipe: Recipe, name: str, on_commit: Callable[[int], None]) -> WeightReceiver:
+def _receiver(
+    engine: Engine,
+    recipe: Recipe,
+    name: str,
+    on_commit: Callable[[int], None],
+    on_probe: Callable[[Probe, int], None],
+) -> WeightReceiver:
     return WeightReceiver(
         engine.llm,
         actor_id=name,
         run_id=recipe.run.name or "run",
         on_commit=on_commit,
+        on_probe=on_probe,
         clear_cache=recipe.actor.clear_cache,
         deadline_s=recipe.weights.deadline_s,
     )

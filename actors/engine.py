@@ -183,12 +183,28 @@ class Engine:
         Raises:
             EngineLostError: the engine process is gone.
         """
+        final = await self._answer(prompt, _parameters(samples, sampling), cache_salt, lora)
+        return [self._sample(completion, bool(sampling.stop)) for completion in final.outputs]
+
+    async def score(
+        self, tokens: Sequence[int], *, cache_salt: str | None = None, lora: Any | None = None
+    ) -> np.ndarray:
+        """[n - 1] float32: log-probability of each of n tokens but the first given those before it, at temperature 1.
+
+        Raises:
+            EngineLostError: the engine process is gone.
+        """
+        final = await self._answer(tokens, _scoring(), cache_salt, lora)
+        return np.asarray(final.prompt_logprobs.logprobs, dtype=np.float32)
+
+    async def _answer(
+        self, prompt: Sequence[int], parameters: Any, cache_salt: str | None, lora: Any | None
+    ) -> Any:
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         # A ready-made input enters the engine at once; a plain prompt would take a detour over a thread.
         request = tokens_input(list(prompt), cache_salt=cache_salt)
-        parameters = _parameters(samples, sampling)
         final = None
         try:
             async for output in self.llm.generate(
@@ -198,7 +214,7 @@ class Engine:
         except EngineDeadError:
             raise EngineLostError("the vLLM engine process died") from None
         assert final is not None
-        return [self._sample(completion, bool(sampling.stop)) for completion in final.outputs]
+        return final
 
     def _sample(self, completion: Any, has_text: bool) -> Sample:
         tokens = np.asarray(completion.token_ids, dtype=np.int32)
@@ -272,6 +288,20 @@ def _parameters(samples: int, sampling: Sampling) -> Any:
         logprobs=0,
         flat_logprobs=True,
         detokenize=bool(sampling.stop),  # text is needed on the way only to find stop strings
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _scoring() -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -74,6 +74,8 @@ def fleet_point(actors: Sequence[Peer], version: int, now: float) -> dict[str, f
         "verifier_queue": sum,
         "weights_staged_s": max,
         "weights_stopped_ms": max,
+        "weights_probe_mean": max,
+        "weights_probe_max": max,
         "cpu_cores": sum,
         "rss_mb": sum,
     }

@@ -74,6 +74,7 @@ def summarise(folder: Path, end: Mapping[str, Any]) -> Summary:
         "staleness_max": final["staleness"]["max"],
         "mismatch_max": max(points.values("learner", "mismatch_max"), default=None),
         "mismatch_mean": _mean(points.values("learner", "mismatch_mean")),
+        "probe_mismatch_mean": _mean(points.values("actor", "weights_probe_mean")),
         **{f"sampled_{name}_last": _last(points.values("actor", name)) for name in SAMPLED},
         "ledger": final["ledger"],
     }

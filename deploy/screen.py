@@ -87,7 +87,8 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
         f"(correct {number(rollouts.get('length_correct'), '.1f')}, "
         f"incorrect {number(rollouts.get('length_incorrect'), '.1f')})",
         "mismatch",
-        f"mean {number(train.get('mismatch_mean'), '.1e')} nats",
+        f"mean {number(rollouts.get('weights_probe_mean'), '.1e')} nats (probe), "
+        f"{number(train.get('mismatch_mean'), '.1e')} (trained tokens)",
     )
     table.add_row(
         "weights", _push(status), "leases", f"oldest {number(status['leases']['oldest_s'], '.0f')} s"

@@ -133,9 +133,13 @@ class Engine:
         return self.scheduler.get_last_lr()[0]
 
     @torch.no_grad()
-    def evaluate(self, batch: PackedBatch) -> Outputs:
-        """Forward pass without gradient; every rank must call it equally often (ZeRO-3 gathers)."""
-        return self.deepspeed(batch.to(self.ranks.device), self.temperature)
+    def evaluate(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
+        """Forward pass without gradient; every rank must call it equally often (ZeRO-3 gathers).
+
+        Args:
+            temperature: of the log-probabilities; None takes that of sampling.
+        """
+        return self.deepspeed(batch.to(self.ranks.device), temperature or self.temperature)
 
     def update(self, batches: Sequence[PackedBatch], loss: Callable[[int, Outputs], Tensor]) -> Update:
         """One optimizer step.

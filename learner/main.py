@@ -43,6 +43,7 @@ from learner.model import bytes_of_checkpoint, check_model, load_policy, load_re
 from learner.objective import objective_of
 from learner.outcome import kept_outcome
 from learner.prepare import Preparation, Work
+from learner.probe import take_probe
 from learner.push import WeightPush
 from learner.ranks import launched_rank, launched_world, leave_ranks, start_ranks
 from learner.step import PolicyStep, StepResult
@@ -98,7 +99,11 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
             if launched_rank() > 0:
                 RankLink(_observer(address, keys), welcome.heartbeat_s)
             learner = Learner(recipe, welcome, stop, control, feed)
-            learner.start(resume)
+            try:
+                learner.start(resume)
+            except _Stopped:
+                learner.take_leave()
+                raise
             return learner.run()
     except _Stopped:
         log.info("stopped before training began")
@@ -176,11 +181,18 @@ class Learner:
         reference = load_reference(recipe, self._ranks.device) if objective.needs_reference else None
         self._objective = objective
         self._policy_step = PolicyStep(self._engine, objective, reference)
+        if self._told_to_stop():  # nothing is trained yet, and the broker may have left
+            raise _Stopped
         self._serve()
         work = Preparation(recipe, objective, shape, self._ranks.rank, self._ranks.world, self._tokenizer)
         self._feed = Feed(
             self._feed_client, self._ranks, self._step, recipe.run.steps, work.wanted, work.prepare
         )
+
+    def take_leave(self) -> None:
+        """Say goodbye after a `start` that was stopped."""
+        if self._link is not None:
+            self._link.close("stopped before training began", LEAVE_S)
 
     def _same_tokenizer(self) -> Any:
         """The tokenizer, which the broker compares with that of the actors before anything is trained."""
@@ -294,7 +306,8 @@ class Learner:
         self._be("publishing")
         self._step += 1
         with self._clock("publishing"):
-            self._push.publish(self._engine, self._step)
+            probe = take_probe(self._engine, work.updates[0][0].batch)
+            self._push.publish(self._engine, self._step, probe)
         self._commit(batch, work, result)
 
     def _check_mismatch(self, result: StepResult) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from common.messages import WeightsAddress
 from common.recipe.schema import Recipe
 from common.weights import Publisher, Snapshot
+from common.weights.probe import Probe
 from learner.engine import Engine
 from learner.model import DTYPES
 from learner.ranks import Ranks
@@ -74,8 +75,8 @@ class WeightPush:
         """A copy of the policy in host memory, adapters merged; collective, None on all ranks but 0."""
         return take_snapshot(engine.deepspeed, dtype=DTYPES[self._recipe.model.dtype])
 
-    def publish(self, engine: Engine, version: int) -> None:
-        """Offer the policy as it is now as `version`; collective.
+    def publish(self, engine: Engine, version: int, probe: Probe | None = None) -> None:
+        """Offer the policy as it is now as `version`, with a probe of it; collective.
 
         Raises:
             RunFailedError: an actor holds weights that differ from what was sent.
@@ -90,7 +91,7 @@ class WeightPush:
             adapters_only=lora is not None and lora.push == "adapter",
         )
         if self._publisher is not None and snapshot is not None:
-            self._publisher.publish(version, snapshot)
+            self._publisher.publish(version, snapshot, probe)
 
     def keep_actors(self, living: set[str]) -> None:
         """Forget actors that are not in the run any more; `living` is what the broker says at each heartbeat.

@@ -27,6 +27,7 @@ from common.errors import SlipstreamError
 from common.weights.client import LinkClient
 from common.weights.errors import Cause, LinkError
 from common.weights.layout import Manifest
+from common.weights.probe import Probe
 from common.weights.protocol import LinkSpec, Offer, new_link_name
 from common.weights.store import Address
 
@@ -35,6 +36,7 @@ T = TypeVar("T")
 
 RETRY_S = (0.2, 5.0)  # first and longest pause before a new link
 CommitCallback = Callable[[int], Awaitable[None] | None]
+ProbeCallback = Callable[[Probe, int], None]
 
 
 class EngineDamagedError(SlipstreamError):
@@ -50,6 +52,7 @@ class WeightReceiver:
         run_id: of the run; stores of other runs are refused.
         address: the publisher's `address`, or None until `set_address`.
         on_commit: called with the version while the engine is still paused; may be a coroutine function.
+        on_probe: called with the probe of a version, and the version, once the engine generates with it.
         clear_cache: drop the KV cache at a swap (requests in flight recompute their prefix with the new
             weights); if False it is kept and prompts must carry `cache_salt`.
         deadline_s: longest single wait.
@@ -66,6 +69,7 @@ class WeightReceiver:
         run_id: str,
         address: str | None = None,
         on_commit: CommitCallback | None = None,
+        on_probe: ProbeCallback | None = None,
         clear_cache: bool = True,
         deadline_s: float = 30.0,
         initial_version: int = 0,
@@ -75,7 +79,7 @@ class WeightReceiver:
         self._engine = engine
         self._actor_id = actor_id
         self._run_id = run_id
-        self._on_commit = on_commit
+        self._on_commit, self._on_probe = on_commit, on_probe
         self._clear_cache = clear_cache
         self._deadline_s = deadline_s
         self._node = node or socket.gethostname()
@@ -256,6 +260,8 @@ class WeightReceiver:
         self._meters["bytes"] += offer.nbytes
         self._meters |= {"staged_s": seconds, "stopped_ms": stopped_ms}
         await self._in_thread(client.tell, "committed", offer, staged_s=seconds, stopped_ms=stopped_ms)
+        if self._on_probe is not None and (probe := await self._in_thread(client.probe, offer)) is not None:
+            self._on_probe(probe, offer.version)
 
     async def _staged(self, client: LinkClient, offer: Offer) -> float:
         """Seconds until all workers hold the version; bounded here too, should the store itself freeze."""

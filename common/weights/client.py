@@ -14,7 +14,16 @@ from dataclasses import asdict
 
 from common.weights.errors import Cause, LinkError
 from common.weights.layout import Manifest
-from common.weights.protocol import EVENTS, LinkSpec, Offer, Registration, decode, push_deadline
+from common.weights.probe import Probe
+from common.weights.protocol import (
+    EVENTS,
+    LinkSpec,
+    Offer,
+    Registration,
+    decode,
+    probe_key,
+    push_deadline,
+)
 from common.weights.store import OPERATION_DEADLINE_S, POLL_S, Address, StoreClient
 
 GOODBYE_S = 1.0  # a frozen learner must not keep a receiver from turning to the next one
@@ -49,6 +58,11 @@ class LinkClient:
 
     def manifest(self, offer: Offer) -> Manifest:
         return Manifest.from_json(self._client.text(f"manifest/{offer.manifest}"))
+
+    def probe(self, offer: Offer) -> Probe | None:
+        """The probe of the offered version, if there is one and no newer version has taken its place."""
+        found = self._client.text_if_set(probe_key(offer.push))
+        return None if found is None else Probe.from_dict(decode(found))
 
     def staged(self, offer: Offer) -> Future[float]:
         """Future of the seconds until all workers hold the version, checked.

@@ -7,7 +7,7 @@ name is never used twice, so that a late message of a dead link cannot be taken 
                           and relayed or relay_failed from a receiver that passes a version on
     learner -> receiver   "{link}/offer/{n}" (n = 0, 1, ...), "{edge}/go/{push}", "{link}/dropped"
     worker -> its driver  "{link}/staged/{push}/{rank}"
-    for all               "manifest/{digest}", "checksums/{push}"
+    for all               "manifest/{digest}", "checksums/{push}", "probe/{push}" (see `common.weights.probe`)
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class Registration:
 
 def new_link_name(actor_id: str, generation: int) -> str:
     return f"{actor_id}.{generation}.{uuid.uuid4().hex[:8]}"
+
+
+def probe_key(push: int) -> str:
+    return f"probe/{push}"
 
 
 def edge_name(parent: str | None, child: str) -> str:

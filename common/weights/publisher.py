@@ -32,7 +32,8 @@ from common.weights.dispatch import (
 from common.weights.errors import Cause, SupersededError
 from common.weights.ipc import CudaIpcSource, SharedMemorySource
 from common.weights.layout import DEFAULT_BUCKET_BYTES
-from common.weights.protocol import EVENTS, Hop, Offer, decode, edge_name, encode
+from common.weights.probe import Probe
+from common.weights.protocol import EVENTS, Hop, Offer, decode, edge_name, encode, probe_key
 from common.weights.sender import LinkSender, SendReport
 from common.weights.snapshot import Snapshot
 from common.weights.store import ROUTES, Address, new_token, serve_store
@@ -121,8 +122,10 @@ class Publisher:
         """What an actor needs, as one opaque string "route://host:port/token"; hand it over encrypted."""
         return str(self._address)
 
-    def publish(self, version: int, snapshot: Snapshot) -> None:
+    def publish(self, version: int, snapshot: Snapshot, probe: Probe | None = None) -> None:
         """Offers `snapshot` as `version` to every receiver, present and future; returns at once.
+
+        A receiver that has committed it may ask for `probe`.
 
         The publisher owns the snapshot from here on.
 
@@ -136,6 +139,8 @@ class Publisher:
         digest, size = snapshot.manifest.digest, snapshot.bucket_bytes
         push = Push(number, version, snapshot.nbytes, digest, size, checked)
         self._push_count += 1
+        if probe is not None:
+            self._store.set(probe_key(number), encode(probe.to_dict()))
         with self._lock:
             self._snapshots[number] = snapshot
             held = [old for old in self._snapshots.values() if not old.released]
@@ -257,6 +262,7 @@ class Publisher:
         for number, snapshot in done.items():
             self._release(snapshot)
             self._store.delete_key(f"checksums/{number}")
+            self._store.delete_key(probe_key(number))
 
     def _needed(self) -> set[int]:
         """Pushes still to be sent from here, the newest, and those that are being prepared."""

@@ -15,6 +15,7 @@ from common.weights.checksum import checksum
 from common.weights.client import LinkClient
 from common.weights.errors import Cause, LinkError
 from common.weights.layout import Manifest
+from common.weights.probe import Probe
 from common.weights.protocol import LinkSpec, Offer, new_link_name
 from common.weights.stager import Stager
 from common.weights.store import POLL_S
@@ -51,6 +52,7 @@ class ScriptedReceiver:
     joins: bool = True
     version: int | None = None
     errors: list[tuple[Cause, str]] = field(default_factory=list)
+    probes: dict[int, Probe] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
@@ -107,6 +109,8 @@ class ScriptedReceiver:
         client.tell("staged", offer)
         self._commit(stagers, offer.version)
         client.tell("committed", offer, staged_s=seconds, stopped_ms=0.0)
+        if (probe := client.probe(offer)) is not None:
+            self.probes[offer.version] = probe
 
     def _commit(self, stagers: list[Stager], version: int) -> None:
         for stager in stagers:

@@ -179,6 +179,14 @@ class StoreClient:
         """The value of `key` as it was written."""
         return self._call(lambda: self.store.get(key).decode())
 
+    def text_if_set(self, key: str) -> str | None:
+        """The same, or None where nothing is written."""
+
+        def read() -> str | None:
+            return self.store.get(key).decode() if self.store.check([key]) else None
+
+        return self._call(read)
+
     def pause(self, seconds: float) -> None:
         """For polling loops in the client's thread: sleeps, and raises LEFT after `interrupt`."""
         if self._interrupted.wait(seconds):

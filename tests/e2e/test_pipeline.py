@@ -99,6 +99,15 @@ def test_recorded_log_probabilities_are_the_learners(run: tuple[Path, dict]) -> 
 
 
 @pytest.mark.e2e
+def test_every_push_is_probed(run: tuple[Path, dict]) -> None:
+    probed = [
+        values["weights_probe_max"] for values in points(run[0], "actor") if "weights_probe_max" in values
+    ]
+    assert len(probed) >= STEPS // 2
+    assert 0 < max(probed) <= 1e-3
+
+
+@pytest.mark.e2e
 def test_a_run_emits_no_metric_that_is_not_in_the_catalogue(run: tuple[Path, dict]) -> None:
     folder, _ = run
     for kind in GROUPS:

@@ -17,7 +17,8 @@ import common.weights.disk
 from common.errors import RunFailedError, UserError
 from common.weights import Address, Cause, LinkError, Publisher, Snapshot
 from common.weights.ipc import SharedMemorySource
-from common.weights.protocol import LinkSpec
+from common.weights.probe import Probe
+from common.weights.protocol import LinkSpec, probe_key
 from common.weights.scripted import ScriptedReceiver
 from common.weights.store import StoreClient
 from tests.scripted.wait import until
@@ -393,3 +394,23 @@ def test_random_blows_for_a_while_and_then_everybody_has_the_newest(tmp_path, pu
     finally:
         for receiver in receivers.values():
             receiver.end()
+
+
+def test_the_probe_of_a_version_comes_with_it_and_goes_with_it(publisher):
+    receiver = ScriptedReceiver(publisher.address, RUN, "a", deadline_s=3.0)
+    thread = threading.Thread(target=receiver.run, daemon=True)
+    thread.start()
+    try:
+        made = {version: Probe((1, 2, version), (-0.5, -version / 3)) for version in (1, 2)}
+        for version, probe in made.items():
+            publisher.publish(version, snapshot(version), probe)
+            until(lambda version=version: version in receiver.probes)
+        assert receiver.probes == made
+        publisher.publish(3, snapshot(3))
+        until(lambda: receiver.version == 3 and publisher.meters()["snapshots_held"] == 1)
+        client = StoreClient(Address.parse(publisher.address), RUN)
+        assert [client.text_if_set(probe_key(push)) for push in range(3)] == [None] * 3
+        client.close()
+    finally:
+        receiver.stop.set()
+        thread.join(5)
