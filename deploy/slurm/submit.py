@@ -163,7 +163,7 @@ def submit_recipe(
         if not existed:
             shutil.rmtree(folder)  # ours, seconds old, and holding nothing but what we wrote
         raise
-    _report(plan, dry_run=dry_run)
+    _report(plan, recipe.broker.keys, dry_run=dry_run)
 
 
 def _never_sent(folder: Path) -> bool:
@@ -245,7 +245,7 @@ def _send(plan: Plan, finds_addresses: bool) -> None:
         raise
 
 
-def _report(plan: Plan, *, dry_run: bool) -> None:
+def _report(plan: Plan, keys: Path | None, *, dry_run: bool) -> None:
     options = plan.options
     per_node = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "on the CPU"
     typer.echo(
@@ -262,4 +262,8 @@ def _report(plan: Plan, *, dry_run: bool) -> None:
     typer.echo(f"broker and learner are job {state.head}{actors}")
     typer.echo(
         f"watch: slipstream status {plan.name} --watch    more actors: slipstream scale {plan.name} --actors N"
+    )
+    typer.echo(
+        f"an actor that does not see this folder: slipstream actor --join HOST:PORT{f' --keys {keys}' if keys else ''} "
+        f"(the address is in {plan.folder / 'broker.json'} once the job runs; copy the keys there)"
     )

@@ -7,9 +7,7 @@ passes `systemd-analyze verify`; nothing is installed or started.
 from __future__ import annotations
 
 import getpass
-import os
-from dataclasses import dataclass
-from enum import StrEnum
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,57 +15,21 @@ import typer
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, UserError
 from deploy.check import RecipeArgument, SetOption
+from deploy.systemd.environment import counted, environments, hub_cache
+from deploy.systemd.host import TEMPLATES, Host, Role
 
 if TYPE_CHECKING:
     from common.recipe import Recipe
-    from deploy.launch.layout import Share
-
-TEMPLATES = {
-    "broker": "broker.service",
-    "learner": "learner.service",
-    "actor": "actor@.service",
-}
-
-
-class Role(StrEnum):
-    """What a host does."""
-
-    broker = "broker"
-    learner = "learner"
-    actor = "actor"
-    all = "all"
-
-
-@dataclass(frozen=True)
-class Host:
-    """One host of a run.
-
-    Attributes:
-        role: what runs here.
-        actors: instances of the actor unit that the target starts.
-        output: folder of the units and their environment files.
-        join: "HOST:PORT" of the broker; None: it is read from the run folder.
-        user_manager: units of a user's own systemd instance instead of the system's.
-        run_as: account of system units.
-    """
-
-    role: Role
-    actors: int
-    output: Path
-    join: str | None = None
-    user_manager: bool = False
-    run_as: str = "root"
-
-    @property
-    def workers(self) -> tuple[str, ...]:
-        """Workers of this host."""
-        return tuple(TEMPLATES) if self.role is Role.all else (self.role.value,)
 
 
 def units(
     recipe: RecipeArgument,
-    host_role: Annotated[Role, typer.Option(help="What this host does.")] = Role.all,
-    output: Annotated[Path | None, typer.Option(help="Folder to write to; default: RUN/systemd.")] = None,
+    host_role: Annotated[
+        list[Role] | None, typer.Option(help="What this host does; default: all. Repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to; default: RUN/systemd/HOST.")
+    ] = None,
     user: Annotated[bool, typer.Option("--user", help="Units for your own systemd instance.")] = False,
     run_as: Annotated[str | None, typer.Option(help="Account of system units; default: yours.")] = None,
     actors: Annotated[
@@ -75,7 +37,10 @@ def units(
     ] = None,
     join: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="The broker, where this host does not see the run folder."),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The broker, where this host does not see the run folder: broker.bind and broker.port.",
+        ),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -87,15 +52,15 @@ def units(
     if run_as and user:
         raise UserError("units of a user's own instance run as that user: leave it out.", setting="--run-as")
     host = Host(
-        role=host_role,
+        roles=tuple(host_role or [Role.all]),
         actors=loaded.actor.count if actors is None else actors,
-        output=(output or loaded.folder / "systemd").resolve(),
+        output=(output or loaded.folder / "systemd" / socket.gethostname()).resolve(),
         join=join,
         user_manager=user,
         run_as=run_as or getpass.getuser(),
     )
     names = write_units(loaded, host)
-    _explain(host, names)
+    _explain(loaded, host, names)
 
 
 def write_units(recipe: Recipe, host: Host, *, program: tuple[str, ...] | None = None) -> list[str]:
@@ -107,25 +72,50 @@ def write_units(recipe: Recipe, host: Host, *, program: tuple[str, ...] | None =
         program: argument vector of `slipstream`, absolute; default: this installation's.
 
     Raises:
-        UserError: the folder cannot be written, or the host has less than the recipe asks of it.
+        UserError: the folder cannot be written or holds units of other workers, the broker's address is none, or
+            the host has less than the recipe asks of it.
     """
     from deploy.folder import holds_a_run, prepare
     from deploy.preflight import preflight
 
+    _check_host(host)
     if "broker" in host.workers:
-        if host.join:
-            raise UserError("this host runs the broker itself: leave it out.", setting="--join")
-        preflight(recipe, ports=False, memory=host.role is Role.all)  # a broker needs little
+        preflight(counted(recipe, host), ports=False, memory=host.shared)
         if not holds_a_run(recipe.folder):
             prepare(recipe, resume=False, fresh=False)
-    files = _render(recipe, host, program) | _environments(recipe, host)
+    files = _render(recipe, host, program) | environments(recipe, host)
     try:
         host.output.mkdir(parents=True, exist_ok=True)
+        if "learner" in host.workers:  # its checkpoints go there; what is absent cannot be made writable
+            recipe.run.root.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
+            if name.endswith(".env"):  # may hold a password or a token
+                (host.output / name).touch(mode=0o600)
+                (host.output / name).chmod(0o600)
             (host.output / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write '{host.output}': {error.strerror}.", setting="--output") from None
     return [name for name in files if name.endswith((".service", ".target"))]
+
+
+def _check_host(host: Host) -> None:
+    if host.join is not None:
+        if "broker" in host.workers:
+            raise UserError("this host runs the broker itself: leave it out.", setting="--join")
+        name, _, port = host.join.rpartition(":")
+        if not name or not port.isdigit() or port == "0":
+            raise UserError(f"'{host.join}' is not HOST:PORT.", setting="--join")
+    others = [
+        worker
+        for worker, file in TEMPLATES.items()
+        if worker not in host.workers and (host.output / f"slipstream-{file}").exists()
+    ]
+    if others:
+        raise UserError(
+            f"'{host.output}' holds a unit of the {others[0]}, which slipstream.target would not start any more: name "
+            "all that this host does in one call (--host-role may be repeated), or another --output.",
+            setting="--host-role",
+        )
 
 
 def _render(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict[str, str]:
@@ -164,7 +154,7 @@ def _values(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict
         "environment": escaped(str(host.output / "slipstream.env")),
         "learner_environment": escaped(str(host.output / "slipstream-learner.env")),
         "actor_environment": escaped(str(host.output / "slipstream-actor-")) + "%i.env",
-        "writable": [quoted([str(recipe.run.root)]), quoted([f"-{_hub_cache()}"])],
+        "writable": [quoted([f"-{path}"]) for path in (recipe.run.root, hub_cache(host))],
         "run_as": host.run_as,
         "user_manager": host.user_manager,
         "with_broker": "broker" in host.workers,
@@ -180,56 +170,6 @@ def _members(host: Host) -> list[str]:
     if "actor" in host.workers:
         members += [f"slipstream-actor@{number}.service" for number in range(host.actors)]
     return members
-
-
-def _environments(recipe: Recipe, host: Host) -> dict[str, str]:
-    """Environment files: one for all workers, to be edited by people, and one per worker with its GPUs."""
-    learner, actors = _shares(recipe, host)
-    common = "# Environment of every worker on this host, for example NCCL_SOCKET_IFNAME=ib0 or HF_HOME=/data/hub\n"
-    files = {"slipstream.env": f"{common}PYTHONUNBUFFERED=1\nSLIPSTREAM_LOG=INFO\n"}
-    if "learner" in host.workers:
-        files["slipstream-learner.env"] = _variables(learner)
-    if "actor" in host.workers:
-        files |= {f"slipstream-actor-{i}.env": _variables(share) for i, share in enumerate(actors)}
-    return files
-
-
-def _shares(recipe: Recipe, host: Host) -> tuple[Share, tuple[Share, ...]]:
-    """Parts of this host for its learner and its actors, as the one-machine launcher shares them out."""
-    from deploy.launch.layout import share_out
-    from deploy.launch.machine import this_machine
-
-    cores, gpus = this_machine()
-    counted = recipe.actor.model_copy(update={"count": max(1, host.actors)})
-    layout = (
-        share_out(recipe.model_copy(update={"actor": counted}), cores, gpus)
-        if host.role is Role.all
-        else None
-    )
-    if layout is not None:
-        return layout.learner, layout.actors
-    return _alone(recipe, host, cores, gpus)
-
-
-def _alone(recipe: Recipe, host: Host, cores: list[int], gpus: list[str]) -> tuple[Share, tuple[Share, ...]]:
-    """Shares on a host that has only a learner or only actors: it takes GPUs from the first on."""
-    from deploy.launch.layout import Share
-
-    width = recipe.actor.tensor_parallel
-    wanted = recipe.learner.ranks if host.role is Role.learner else width * host.actors
-    if gpus and host.role is not Role.broker and wanted > len(gpus):
-        raise UserError(f"{wanted} GPUs are asked for, and this host has {len(gpus)}.", setting="--host-role")
-    threads = max(1, len(cores) // max(1, host.actors))
-    actors = tuple(Share(None, threads, tuple(gpus[i * width : (i + 1) * width])) for i in range(host.actors))
-    return Share(None, len(cores), tuple(gpus[: recipe.learner.ranks])), actors
-
-
-def _variables(share: Share) -> str:
-    return "".join(f"{name}={value}\n" for name, value in share.environment().items())
-
-
-def _hub_cache() -> str:
-    return os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
 
 
 def escaped(text: str) -> str:
@@ -251,10 +191,17 @@ def _quoted(word: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _explain(host: Host, names: list[str]) -> None:
+def _explain(recipe: Recipe, host: Host, names: list[str]) -> None:
+    from broker.main import is_loopback
+
     manager = "systemctl --user" if host.user_manager else "systemctl"
     typer.echo(f"wrote {', '.join(names)} to {host.output}; edit slipstream.env there, then:")
     typer.echo(f"  {manager} link {host.output}/*.service {host.output}/*.target")
     typer.echo(f"  {manager} start slipstream.target")
     if host.user_manager:
         typer.echo("  loginctl enable-linger   # so that it runs while you are logged out")
+    if "broker" in host.workers and not is_loopback(recipe.broker.bind):
+        address = (
+            f"{recipe.broker.bind}:{recipe.broker.port or 'PORT, with broker.port = PORT in the recipe'}"
+        )
+        typer.echo(f"hosts that do not see the run folder: slipstream units ... --join {address}")

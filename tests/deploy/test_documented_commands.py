@@ -4,7 +4,8 @@ The rule. Commands are the lines of fenced blocks, and every inline `slipstream 
 real command line, in a folder that holds only the shipped models, in this order of preference:
 
 - really, where that takes seconds and needs neither GPU nor cluster: `check`, `status` (against a real broker),
-  `keys`, `grade`, `submit` (with --dry-run added where it is not given), --help for a bare verb;
+  `keys`, `grade`, `units`, `submit` (with --dry-run added where it is not given, and in a folder that it has prepared where
+  it resumes), --help for a bare verb;
 - up to the point where work would begin, where it starts engines or jobs: `run`, `actor` and `scale` are parsed by
   the real parser, their recipe, overrides, run folder and keys are resolved, and the function that would then start
   the work is asked whether it got them. tests/e2e and tests/slurm run what is behind it;
@@ -32,8 +33,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/start.md")
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:slipstream|make) [^`]+)`")
-PLACEHOLDERS = {"HOST:PORT": "127.0.0.1:9", "<this repository>": "repository"}
-ELSEWHERE = ("git clone", "cd ", "source .venv/bin/activate")  # the reader's shell, not ours
+PLACEHOLDERS = {
+    "HOST:PORT": "10.1.2.3:5555",
+    "=HOST": "=10.1.2.3",
+    "=PORT": "=5555",
+    "<this repository>": "repository",
+}
+# The reader's shell and the hub's own client, not ours.
+ELSEWHERE = ("git clone", "cd ", "source .venv/bin/activate", "hf download")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -122,14 +129,30 @@ class Place:
         assert "correct" in self.call(arguments)
 
     def _submit(self, arguments: list[str]) -> None:
+        if "--resume" in arguments:
+            self.call(["submit", "paper-7b", "--actors", "12", "--dry-run"])
+            (self.folder / "runs" / "paper-7b" / "metrics.jsonl").touch()
         self.call([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
         written = list(self.folder.glob("runs/*/slurm/*.sbatch"))
         assert {path.name for path in written} == {"head.sbatch", "actors.sbatch"}
         options = dict(itertools.pairwise(arguments))
         head, actors = sorted(written, key=lambda path: path.name, reverse=True)
-        assert f"--array=0-{int(options['--actors']) - 1}" in actors.read_text()
+        assert f"--array=0-{int(options.get('--actors', 12)) - 1}" in actors.read_text()
         if "--partition" in options:
             assert f"--partition={options['--partition']}" in head.read_text()
+
+    def _units(self, arguments: list[str]) -> None:
+        import deploy.launch.machine as machine
+        import deploy.preflight as preflight
+
+        gpus = [str(number) for number in range(8)]
+        self._patch.setattr(machine, "this_machine", lambda: (list(range(64)), gpus))
+        self._patch.setattr(preflight, "preflight", lambda recipe, **_: preflight.check_addresses(recipe))
+        said = self.call(arguments)
+        roles = [value for option, value in itertools.pairwise(arguments) if option == "--host-role"]
+        written = {path.name for path in self.folder.glob("runs/*/systemd/*/*.service")}
+        assert written == {f"slipstream-{role}{'@' if role == 'actor' else ''}.service" for role in roles}
+        assert ("--join 10.1.2.3:5555" in said) == ("broker" in roles)
 
     def _status(self, arguments: list[str]) -> None:
         recipe = scripted_recipe(self.folder, run={"name": arguments[1], "root": self.folder / "runs"})
@@ -178,10 +201,16 @@ class Place:
 
         asked = self._instead_of(worker, "run_actor", 0)
         self._patch.setattr(process, "leave", _exit)
-        self.call(arguments)
         options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        if "--run" in options:  # read from the run folder, tests/deploy/test_find_broker.py
+            import deploy.workers as workers
+
+            asked_for = self._instead_of(workers, "_find_broker", ("its address", None))
+        self.call(arguments)
+        if "--run" in options:
+            assert asked_for == [((None, options["--run"], None), {})]
         keys = Path(options["--keys"]) if "--keys" in options else None
-        assert asked == [((options["--join"],), {"name": None, "keys": keys})]
+        assert asked == [((options.get("--join", "its address"),), {"name": None, "keys": keys})]
 
     # --- means ---------------------------------------------------------------------------------------------
 

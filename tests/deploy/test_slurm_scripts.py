@@ -272,9 +272,11 @@ def slurm(monkeypatch) -> list[tuple[str, ...]]:
     return sent
 
 
-def test_a_login_nodes_memory_does_not_count(recipe_file, slurm):
+def test_a_login_nodes_memory_does_not_count(recipe_file, slurm, capsys):
     options = Options(learner_nodes=1, actors=2, partition="p")
-    submit_recipe(resolved(recipe_file, options, "actor.kv_cache_mb=1000000000"), options)
+    recipe = resolved(recipe_file, options, "actor.kv_cache_mb=1000000000")
+    submit_recipe(recipe, options)
+    assert f"slipstream actor --join HOST:PORT --keys {recipe.broker.keys}" in capsys.readouterr().out
     assert slurm == [("head.sbatch",), ("actors.sbatch", "--dependency=after:41")]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import pwd
 import re
 import shlex
 import shutil
@@ -12,6 +14,7 @@ import pytest
 
 from common.errors import UserError
 from common.recipe import load_recipe
+from deploy.launch import machine
 from deploy.systemd.units import Host, Role, escaped, quoted, write_units
 from tests.slurm.recipes import write_recipe
 
@@ -28,10 +31,10 @@ def recipe(tmp_path, monkeypatch):
     return load_recipe(write_recipe(folder), [f'run.root="{folder / "runs"}"'])
 
 
-def written(recipe, role: Role, **changes) -> Path:
+def written(recipe, *roles: Role, **changes) -> Path:
     """Write units; returns their folder."""
     output = recipe.run.root.parent / "units"
-    write_units(recipe, Host(role=role, output=output, **{"actors": 2, **changes}))
+    write_units(recipe, Host(roles=roles, output=output, **{"actors": 2, **changes}))
     return output
 
 
@@ -110,6 +113,75 @@ def test_writing_again_continues_the_run(recipe):
     marker.write_text("kept\n")
     written(recipe, Role.all)
     assert marker.read_text() == "kept\n"
+
+
+def environment(path: Path) -> dict[str, str]:
+    """Variables of an environment file."""
+    return dict(line.split("=", 1) for line in path.read_text().splitlines() if not line.startswith("#"))
+
+
+def test_workers_find_what_the_callers_shell_finds(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", 'a "b" $c')
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx5")
+    monkeypatch.setenv("NCCL_ODD", "two\nlines")
+    monkeypatch.setenv("UNRELATED_SECRET", "x")
+    output = written(recipe, Role.all)
+    found = environment(output / "slipstream.env")
+    assert found["HF_HOME"] == str(tmp_path / "cache" / "huggingface"), "where models and token are"
+    assert found["MLFLOW_TRACKING_URI"] == "http://tracker:5000"
+    assert found["MLFLOW_TRACKING_PASSWORD"] == '"a \\"b\\" \\$c"'
+    assert found["https_proxy"] == "http://proxy:3128"
+    assert found["NCCL_IB_HCA"] == "mlx5"
+    assert not {"NCCL_ODD", "UNRELATED_SECRET"} & set(found)
+    assert {oct(path.stat().st_mode & 0o777) for path in output.glob("*.env")} == {"0o600"}
+    monkeypatch.setenv("HF_HOME", "/data/hub")
+    written(recipe, Role.all)
+    assert environment(output / "slipstream.env")["HF_HOME"] == "/data/hub"
+    assert "-/data/hub" in settings(output / "slipstream-learner.service", "ReadWritePaths")[0]
+
+
+def test_another_accounts_models_are_its_own(recipe, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    account = next(entry for entry in pwd.getpwall() if entry.pw_name != getpass.getuser())
+    output = written(recipe, Role.all, run_as=account.pw_name)
+    found = environment(output / "slipstream.env")["HF_HOME"]
+    assert found == str(Path(account.pw_dir) / ".cache" / "huggingface")
+    with pytest.raises(UserError, match="--run-as: there is no account 'nobody-at-all'"):
+        written(recipe, Role.all, run_as="nobody-at-all")
+
+
+@pytest.mark.parametrize("roles", [(Role.broker, Role.learner), (Role.all,)])
+def test_a_host_may_have_the_learner_and_no_actor(recipe, roles, monkeypatch):
+    monkeypatch.setattr(machine, "this_machine", lambda: (list(range(16)), [str(i) for i in range(8)]))
+    update = {"learner": recipe.learner.model_copy(update={"ranks": 8})}
+    wide = recipe.model_copy(update={**update, "launch": recipe.launch.model_copy(update={"device": "gpu"})})
+    output = written(wide, *roles, actors=0)
+    assert settings(output / "slipstream.target", "Wants") == [
+        "slipstream-broker.service slipstream-learner.service"
+    ]
+    found = environment(output / "slipstream-learner.env")
+    assert found["OMP_NUM_THREADS"] == "2", "eight ranks share sixteen cores"
+    assert found["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+    assert "--ranks 8" in settings(output / "slipstream-learner.service", "ExecStart")[0]
+    assert "slipstream-broker.service" in settings(output / "slipstream-learner.service", "After")
+
+
+def test_a_second_call_does_not_forget_what_the_first_has_written(recipe):
+    output = written(recipe, Role.broker)
+    with pytest.raises(UserError, match="--host-role: '.*' holds a unit of the broker"):
+        written(recipe, Role.learner)
+    assert settings(output / "slipstream.target", "Wants") == ["slipstream-broker.service"]
+    written(recipe, Role.broker, Role.learner)
+
+
+@pytest.mark.parametrize("join", ["head", "head:0", ":5555", "head:port"])
+def test_an_address_to_join_has_a_port(recipe, join):
+    with pytest.raises(UserError, match=f"--join: '{join}' is not HOST:PORT"):
+        written(recipe, Role.actor, join=join)
 
 
 def test_words_survive_systemds_quoting():

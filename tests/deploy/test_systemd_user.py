@@ -62,7 +62,7 @@ def facts(tmp_path_factory) -> Iterator[dict]:
     folder = tmp_path_factory.mktemp("systemd")
     with contextlib.chdir(folder):
         recipe = load_recipe(write_recipe(folder, steps=STEPS), [f'run.root="{folder / "runs"}"'])
-        host = Host(role=Role.all, actors=2, output=folder / "units", user_manager=True)
+        host = Host(roles=(Role.all,), actors=2, output=folder / "units", user_manager=True)
         yield play(folder, recipe, host, program=(sys.executable, str(PROGRAM)))
 
 
@@ -104,7 +104,7 @@ def test_the_real_workers_are_ready_watched_and_gone(tmp_path):
     with contextlib.chdir(REPOSITORY):  # where the recipe's model is
         changes = [f'run.root="{tmp_path}"', "eval.sets=[]", "tracking.enabled=false", 'launch.device="cpu"']
         recipe = load_recipe("demo", [*changes, "run.steps=10000"])
-        host = Host(role=Role.all, actors=1, output=tmp_path / "units", user_manager=True)
+        host = Host(roles=(Role.all,), actors=1, output=tmp_path / "units", user_manager=True)
         seen = play(tmp_path, recipe, host, "demo")
     assert list(seen["started"].values()) == ["active"] * 3
     assert seen["restarts"] == ["0"] * 3, "healthy workers ping in time"
