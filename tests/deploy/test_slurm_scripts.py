@@ -113,6 +113,19 @@ def test_a_rank_gets_its_share_of_the_node(recipe_file, given, threads):
     assert '--cpus-per-task="$threads"' in script
 
 
+@pytest.mark.parametrize(
+    ("since", "code", "verdict"), [(10, 1, "yes 4"), (490, 1, "no 0"), (10, 2, "no 0"), (10, 4, "no 0")]
+)
+def test_a_worker_that_has_lived_for_minutes_has_its_restarts_back(recipe_file, since, code, verdict):
+    script = scripts_of(recipe_file, "launch.restarts=5")["head.sbatch"]
+    part = script[script.index("\nleft=") : script.index("\ncode=0")]
+    line = (
+        f"{part}\nstopping=no left=0 SECONDS=500\ncurable {code} {since} && echo yes $left || echo no $left"
+    )
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == verdict
+
+
 def test_each_kind_of_job_has_its_own_options(recipe_file):
     scripts = scripts_of(
         recipe_file,
