@@ -61,6 +61,7 @@ class Peer:
     host: str
     pid: int
     software: str
+    process: str
     joined: float
     seen: float
     alive: bool = True
@@ -78,6 +79,11 @@ class Peer:
     groups: int = 0
     tokens: int = 0
     token_rate: Rate = field(default_factory=Rate)
+
+    def is_process_of(self, hello: Hello) -> bool:
+        """Whether this is the process that says Hello. The ranks of a learner are several processes and one peer."""
+        same = self.role != "actor" or self.process == hello.process or not self.process
+        return same and self.pid == hello.pid
 
     def view(self, now: float) -> dict[str, Any]:
         """What `status` shows of the peer."""
@@ -131,9 +137,16 @@ class Members:
     def join(self, connection: bytes, hello: Hello, now: float) -> Peer:
         """Bind a connection to its peer, new, known or come back."""
         known = self.peers.get(hello.peer)
-        if known is None or not known.alive or known.pid != hello.pid:
+        if known is None or not known.alive or not known.is_process_of(hello):
             peer = Peer(
-                hello.peer, hello.role, hello.host, hello.pid, hello.software, joined=time.time(), seen=now
+                hello.peer,
+                hello.role,
+                hello.host,
+                hello.pid,
+                hello.software,
+                hello.process,
+                joined=time.time(),
+                seen=now,
             )
             if known is not None:
                 peer.bad, peer.groups, peer.tokens = known.bad, known.groups, known.tokens
@@ -146,9 +159,9 @@ class Members:
         self.peers[hello.peer].seen = now
         return self.peers[hello.peer]
 
-    def expect(self, name: str, host: str, pid: int, software: str, *, now: float) -> None:
+    def expect(self, name: str, host: str, pid: int, software: str, process: str = "", *, now: float) -> None:
         """An actor that was in the run before the broker restarted: it has leases and will say Hello again."""
-        self._enter(Peer(name, "actor", host, pid, software, joined=time.time(), seen=now), None)
+        self._enter(Peer(name, "actor", host, pid, software, process, joined=time.time(), seen=now), None)
 
     def _enter(self, peer: Peer, known: Peer | None) -> None:
         was_there = known is not None and known.alive and known.role == "actor"

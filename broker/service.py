@@ -47,6 +47,8 @@ log = logging.getLogger("slipstream.broker")
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
 COMMON_KINDS = ("heartbeat", "goodbye", "stop", "drain", "stacks", "status_query", "group_query")
+RESTARTED = "restarted"
+SILENT_BEATS = 2.0  # heartbeats missed after which another process may take over an actor's name
 ABSENT_S = 2.0
 SKEW_S = 60.0  # of a peer's clock: more than a heartbeat that was sent again can be late
 INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
@@ -208,9 +210,12 @@ class Service:
         if reason := self._conflict(hello):
             self.outbox.refuse(origin, "conflict", reason)
             return
-        known = state.members.peers.get(hello.peer)
-        if known is not None and known.alive and hello.role == "actor" and known.pid != hello.pid:
-            self._remove(known, "restarted", "came back as another process", now)
+        if (earlier := self._predecessor(hello)) is not None:
+            silence = now - earlier.seen
+            if silence < SILENT_BEATS * state.recipe.broker.heartbeat_s:
+                self.outbox.refuse(origin, "not_now", _taken(earlier, silence))
+                return
+            self._remove(earlier, RESTARTED, "came back as another process", now)
         if hello.tokenizer is not None and state.tokenizer is None:
             state.tokenizer = hello.tokenizer
             state.changed = True
@@ -220,6 +225,13 @@ class Service:
             state.changed = True
             state.event(f"{peer.role} {peer.name} joined from {peer.host}")
         self._welcome(origin)
+
+    def _predecessor(self, hello: Hello) -> Peer | None:
+        """Another process that is in the run as the actor that says Hello."""
+        known = self.state.members.peers.get(hello.peer)
+        if known is None or not known.alive or hello.role != "actor" or known.is_process_of(hello):
+            return None
+        return known
 
     def _incompatible(self, hello: Hello) -> str | None:
         name = self.state.recipe.run.name
@@ -330,7 +342,12 @@ class Service:
         if peer.role == "observer":
             return
         state.changed = True
-        lost = state.ledger.drop_actor(peer.name, f"actor {outcome}") if peer.role == "actor" else 0
+        lost = 0
+        if peer.role == "actor":
+            blame = (
+                outcome != RESTARTED
+            )  # a person, a deploy or systemd restarts actors: no question is to blame
+            lost = state.ledger.drop_actor(peer.name, f"actor {outcome}", blame=blame)
         state.evaluations.drop_actor(peer.name)
         self.actors.forget(peer.name)
         again = f"; {lost} leases go to others" if lost else ""
@@ -352,3 +369,10 @@ class Service:
     def _ask_for_evaluation(self) -> None:
         ledger = self.state.ledger
         self.state.evaluations.at(ledger.version, final=ledger.finished)
+
+
+def _taken(earlier: Peer, silence: float) -> str:
+    return (
+        f"an actor called '{earlier.name}' is in the run (process {earlier.pid} on {earlier.host}, heard of "
+        f"{silence:.1f} s ago): give this one another --name, or stop that one"
+    )

@@ -136,7 +136,8 @@ class RunState:
             "first_lease_time": self.first_lease_time,
             "last_commit_time": self.last_commit_time,
             "actors": [
-                [peer.name, peer.host, peer.pid, peer.software] for peer in self.members.living("actor")
+                [peer.name, peer.host, peer.pid, peer.software, peer.process]
+                for peer in self.members.living("actor")
             ],
             "evaluations": self.evaluations.state(),
             "meters": self.meters.state(),

@@ -198,7 +198,11 @@ class GroupHeader(Part):
 
 
 class Hello(Message):
-    """First message of a peer; `run` refuses to join any other run, `tokenizer` is a digest that must agree."""
+    """First message of a peer; `run` refuses to join any other run, `tokenizer` is a digest that must agree.
+
+    `process` is random and one for all connections of a process (`common.wire` fills it in): a process number alone
+    says little where each container counts from 1.
+    """
 
     role: Literal["actor", "learner", "observer"]
     peer: Name
@@ -207,6 +211,7 @@ class Hello(Message):
     pid: Count
     run: Name | None = None
     tokenizer: Name | None = None
+    process: Annotated[str, Meta(max_length=32)] = ""
 
 
 class Heartbeat(Message):

@@ -18,6 +18,7 @@ import asyncio
 import itertools
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import zmq
 import zmq.asyncio
+from msgspec.structs import replace
 
 from common import keys as curve
 from common.errors import SlipstreamError, UserError
@@ -37,6 +39,8 @@ HIGH_WATER_MARK = 1000
 ATTEMPT_S = 5.0
 NOTICE_S = 10.0
 ANNOUNCED = "file:"
+PROCESS = secrets.token_hex(8)
+PREDECESSOR_S, PREDECESSOR_RETRY_S = 60.0, 0.25  # how long a process of our name may take to be gone
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -138,6 +142,24 @@ def _still_waiting(
     return time.monotonic() + NOTICE_S
 
 
+def _identified(hello: Hello) -> Hello:
+    return hello if hello.process else replace(hello, process=PROCESS)
+
+
+def _refused(message: Message, refused: Refused, started: float, timeout_s: float | None) -> None:
+    """Raise the refusal, unless it passes: an earlier process of our name is not known to be gone yet."""
+    waited = time.monotonic() - started
+    patience = PREDECESSOR_S if timeout_s is None else min(PREDECESSOR_S, timeout_s)
+    if (
+        not isinstance(message, Hello)
+        or refused.code != "not_now"
+        or waited + 2 * PREDECESSOR_RETRY_S > patience
+    ):
+        raise RefusedError(refused)
+    if waited < PREDECESSOR_RETRY_S:
+        log.warning("%s; trying for %.0f s", refused.reason, patience)
+
+
 class Client:
     """A blocking connection, for one request at a time; callers of several threads take turns.
 
@@ -149,7 +171,7 @@ class Client:
 
     def __init__(self, address: str, hello: Hello, *, keys: Path | None = None) -> None:
         self.address = address
-        self.hello = hello
+        self.hello = _identified(hello)
         self._socket, self._connected = _open_socket(zmq.Context.instance(), address, keys)
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()
@@ -193,9 +215,11 @@ class Client:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
             elif isinstance(reply.message, Refused):
-                if reply.message.code != "unknown_peer" or isinstance(message, Hello):
-                    raise RefusedError(reply.message)
-                self._request(self.hello, (), timeout_s, 0.0)
+                if reply.message.code == "unknown_peer" and not isinstance(message, Hello):
+                    self._request(self.hello, (), timeout_s, 0.0)
+                else:
+                    _refused(message, reply.message, started, timeout_s)
+                    time.sleep(PREDECESSOR_RETRY_S)
             else:
                 return reply
 
@@ -225,7 +249,7 @@ class AsyncClient:
 
     def __init__(self, address: str, hello: Hello, *, keys: Path | None = None) -> None:
         self.address = address
-        self.hello = hello
+        self.hello = _identified(hello)
         self._socket, self._connected = _open_socket(zmq.asyncio.Context.instance(), address, keys)
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
@@ -254,10 +278,12 @@ class AsyncClient:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
             elif isinstance(reply.message, Refused):
-                if reply.message.code != "unknown_peer" or isinstance(message, Hello):
-                    raise RefusedError(reply.message)
-                async with self._introduction:
-                    await self.request(self.hello, timeout_s=timeout_s)
+                if reply.message.code == "unknown_peer" and not isinstance(message, Hello):
+                    async with self._introduction:
+                        await self.request(self.hello, timeout_s=timeout_s)
+                else:
+                    _refused(message, reply.message, started, timeout_s)
+                    await asyncio.sleep(PREDECESSOR_RETRY_S)
             else:
                 return reply
 

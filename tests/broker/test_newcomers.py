@@ -85,6 +85,39 @@ def test_another_tokenizer_is_refused_whoever_comes_first(tmp_path: Path, first:
         client.close()
 
 
+def test_two_actors_of_one_name_do_not_throw_each_other_out(tmp_path: Path) -> None:
+    """In containers both may be process 1. The second is told, and the first keeps its leases."""
+    with running_broker(
+        scripted_recipe(tmp_path, broker={"heartbeat_s": 60.0, "dead_after_s": 200.0})
+    ) as address:
+        first = Client(address, hello("actor-0", host="node7", pid=1, process="a"))
+        first.connect(10.0)
+        granted = first.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=10.0).message
+        second = Client(address, hello("actor-0", host="node8", pid=1, process="b"))
+        with pytest.raises(
+            RefusedError, match=r"'actor-0' is in the run \(process 1 on node7.*another --name"
+        ):
+            second.connect(1.5)
+        assert beat(first).command == "run"
+        assert status(address)["leases"]["count"] == len(granted.groups) == 2
+        first.close()
+        second.close()
+
+
+def test_an_actor_that_was_restarted_is_let_in_once_its_predecessor_is_silent(tmp_path: Path) -> None:
+    recipe = scripted_recipe(tmp_path, broker={"heartbeat_s": 0.3, "dead_after_s": 200.0, "max_attempts": 1})
+    with running_broker(recipe) as address:
+        first = Client(address, hello("actor-0", pid=1, process="a"))
+        first.connect(10.0)
+        first.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=10.0)
+        first.close()
+        second = Client(address, hello("actor-0", pid=1, process="b"))
+        second.connect(30.0)
+        second.close()
+        questions = status(address)["ledger"]["questions"]
+        assert (questions["pending_again"], questions["given_up"]) == (2, 0), "no question is to blame"
+
+
 def test_a_clock_that_is_off_is_said_once_and_costs_no_lease(tmp_path: Path) -> None:
     recipe = scripted_recipe(tmp_path, broker={"lease_s": 30.0})
     with running_broker(recipe) as address:
