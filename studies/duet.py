@@ -62,13 +62,13 @@ class Duet(Study):
             "accuracy at the start, no template - Qwen-Math",
             of_base(lambda rows: _start(rows, "no") - _start(rows, "qwen_math")),
             0.0,
-            unit="base model",
+            unit="base models",
         ),
         Expectation(
             "accuracy at the start, Qwen-Math - R1",
             of_base(lambda rows: _start(rows, "qwen_math") - _start(rows, "r1")),
             0.0,
-            unit="base model",
+            unit="base models",
         ),
         Expectation(
             "range over question sets at the end, R1 - Qwen-Math",

@@ -35,18 +35,18 @@ intervals of 95 %, one in twenty misses. A study is confirmed if all its claims 
 refuted.
 
 What a miniature shows, it shows of the miniature. In the studies that train (`dr-grpo` and below) a repetition is
-another seed of questions and sampling from one base model of a kind: the intervals say nothing about other base models
-or other held-out questions. In the studies that only sample (`templates`, `exploration`, `reflection`) it is another
+another seed of questions and sampling from the same base model (in `countdown` from another): the intervals say nothing
+about other base models or other held-out questions. In the studies that only sample (`templates`, `exploration`, `reflection`) it is another
 pretraining, measured on the same questions. *After the run* says what was tried and the probable reason where a
 miniature did not confirm. Base models are made first, about a minute of one core each, and kept in `studies/out/zoo`
 for all studies; the minutes below are without. Minutes are of one core, an upper bound where others used the machine.
 In the figures lines are means over seeds, bands one standard deviation, whiskers the range over seeds.
 
-With `--full` the protocol is the paper's: 500 questions of MATH's training set to probe with, 100 of each level (which
-ones, the paper does not say); the verifier's level `full` for the analyses, where a response that was cut counts if its
-answer is right; in `leaderboard` each base model under its best template before, the run's own last evaluation after.
-A hub model is one model: `templates`, `exploration` and `reflection` analyse it once, which leaves their claims unclear,
-with the measured values beside the paper's.
+With `--full` the protocol is the paper's: 500 questions of MATH's training set to probe with, 100 of each level (the
+first ones, not the paper's own list); the verifier's level `full` for the analyses, where a response that was cut counts
+if its answer is right; in `leaderboard` each base model under its best template before, the run's last evaluation after.
+A hub model is one model: `templates`, `exploration` and `reflection` analyse it once, so that a claim whose repetitions
+are models stays unclear there, whatever was measured.
 
 With `--full`, `templates`, `exploration` and `reflection` also analyse a model behind an OpenAI-compatible server:
 `--endpoint URL --endpoint-model NAME`; `slipstream serve` writes what starts one on several nodes. The judge is a set

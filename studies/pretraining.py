@@ -64,7 +64,7 @@ class Pretraining(Study):
                 )
             ),
             0.0,
-            unit="chain of base models",
+            unit="base models",
         ),
         Expectation(
             "numina, response length at the end, GRPO / Dr. GRPO",

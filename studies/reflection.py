@@ -115,6 +115,7 @@ class SelfReflection(Analysis):
             claim(lambda rows: reflecting_questions(rows, "chat")),
             0.005,
             "at most",
+            full=False,  # what a hub model's pretraining text held, nobody outside knows
         ),
         Expectation(
             "share of questions that reflect, temperature 1.0 - 0.1 (qwen-math and llama)",
@@ -133,6 +134,7 @@ class SelfReflection(Analysis):
             "keywords found that are those of the model's own text",
             claim(lambda rows: mean([planted_share(rows, model) for model in PLANTED])),
             0.9,
+            full=False,
         ),
         Expectation(
             "accuracy with a reflection - without, mean over questions",

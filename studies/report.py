@@ -45,7 +45,8 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|")
     for finding in findings:
         measured = _measured(finding)
-        repetitions = f"{finding['repetitions']} {finding['unit']}"
+        unit = finding["unit"].removesuffix("s") if finding["repetitions"] == 1 else finding["unit"]
+        repetitions = f"{finding['repetitions']} {unit}"
         cells = (finding["claim"], finding["expected"], measured, repetitions, f"**{finding['outcome']}**")
         lines.append(markdown_row(cells))
     return "\n".join(lines) + "\n"

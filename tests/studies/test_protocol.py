@@ -17,6 +17,7 @@ from studies.curves import of_base
 from studies.duet import Duet
 from studies.exploration import Exploration
 from studies.leaderboard import Leaderboard
+from studies.reflection import SelfReflection
 from studies.samplers import EndpointSampler, EngineSampler, Response, request_seed
 from studies.study import Budget, Setting
 from studies.training import Problem
@@ -40,6 +41,12 @@ def test_a_start_that_all_seeds_share_counts_once() -> None:
 
 def test_a_model_of_the_hub_is_analysed_once() -> None:
     assert [unit.key for unit in Exploration().units(FULL)] == ["qwen-math/seed-0", "llama/seed-0"]
+
+
+def test_nothing_is_claimed_of_a_hub_model_s_pretraining_text() -> None:
+    claims = [finding.expectation.claim for finding in SelfReflection().judge([], full=True).findings]
+    assert len(claims) == len(SelfReflection.expectations) - 2
+    assert not any("own text" in claim or "control" in claim for claim in claims)
 
 
 def test_repetitions_share_no_sample() -> None:
