@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from typing import Annotated
 import typer
 
 from common.errors import RunFailedError, UserError, report
+from common.tracking.spool import SPOOL
 from deploy.check import RecipeArgument, SetOption
 
 JoinOption = Annotated[str | None, typer.Option("--join", metavar="HOST:PORT", help="Address of the broker.")]
@@ -30,6 +32,7 @@ KeysOption = Annotated[
 ]
 ASK_FOR_BROKER_S = 20.0
 TRACKER_PATIENCE_S = 90.0
+TRACKER_POLL_S = 0.1
 
 
 def set_up_logging() -> None:
@@ -124,18 +127,24 @@ def broker(
 def _start_tracker(folder: Path) -> subprocess.Popen:
     from common.process import die_with_parent
 
+    points = folder / SPOOL
+    known = points.stat().st_size if points.exists() else 0
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy", "track", str(folder)],
+        [sys.executable, "-m", "deploy", "track", str(folder), "--beyond", str(known)],
         stdin=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )
 
 
 def _has_ended(folder: Path) -> bool:
+    """Whether the run's last point is its end, and nobody has prepared the folder to go on since."""
     from common.tracking.spool import read_spool
+    from deploy.folder import RECIPE_FILE
 
-    newest = deque(read_spool(folder / "metrics.jsonl"), maxlen=1)
-    return bool(newest) and newest[0].kind == "end"
+    newest = deque(read_spool(folder / SPOOL), maxlen=1)
+    if not newest or newest[0].kind != "end":
+        return False
+    return (folder / RECIPE_FILE).stat().st_mtime <= newest[0].time
 
 
 def _await(tracker: subprocess.Popen) -> None:
@@ -233,10 +242,17 @@ def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int
     return run_ranks(ranks, arguments, folder)
 
 
-def track(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or name.")]) -> None:
+def track(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or name.")],
+    beyond: Annotated[int, typer.Option(hidden=True, help="First wait for points beyond this byte.")] = 0,
+) -> None:
     """Deliver a run's points to MLflow and write its summary and figure; the broker starts this by itself."""
     from deploy.folder import find_folder
     from deploy.track import track_run
 
     set_up_logging()
-    raise typer.Exit(track_run(find_folder(str(folder))))
+    found = find_folder(str(folder))
+    # A run that was stopped ends with its last point: until the broker that goes on has written one, it seems over.
+    while beyond and (found / SPOOL).stat().st_size <= beyond:
+        time.sleep(TRACKER_POLL_S)
+    raise typer.Exit(track_run(found))

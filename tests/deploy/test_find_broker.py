@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,17 @@ def test_a_broker_that_comes_later_is_found(tmp_path):
 def test_the_broker_of_an_ended_run_is_not_waited_for(tmp_path):
     recipe = prepared(tmp_path)
     (recipe.folder / "broker.json").write_text('{"address": "127.0.0.1:9"}')
-    (recipe.folder / "metrics.jsonl").write_text('{"time": 1, "kind": "end", "step": 5, "values": {}}\n')
+    end = recipe.folder / "metrics.jsonl"
+    end.write_text('{"time": %f, "kind": "end", "step": 5, "values": {}}\n' % (time.time() + 1.0))
     with pytest.raises(UserError, match=r"--run: the run in .* has ended"):
         _find_broker(None, str(recipe.folder), None)
+
+
+def test_the_broker_of_a_run_that_goes_on_after_its_end_is_waited_for(tmp_path):
+    """It was stopped in order, and prepared to go on: its broker has not written anything yet."""
+    recipe = prepared(tmp_path)
+    (recipe.folder / "metrics.jsonl").write_text('{"time": 1, "kind": "end", "step": 5, "values": {}}\n')
+    assert not workers._has_ended(recipe.folder)
 
 
 def test_unusable_keys_are_said_at_once(tmp_path):
