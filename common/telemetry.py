@@ -6,6 +6,7 @@ Invariant: telemetry never fails and never blocks: a meter that cannot be read i
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -37,9 +38,17 @@ def gpu_count() -> int:
 def visible_gpus() -> list[str]:
     """Indices or UUIDs of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [part.strip() for part in chosen.split(",") if part.strip()] if _nvml() else []
-    return [str(index) for index in range(gpu_count())]
+    if chosen is None:
+        return [str(index) for index in range(gpu_count())]
+    if not _nvml():
+        return []
+    names = [part.strip() for part in chosen.split(",")]
+    # As CUDA reads it: the first entry that names no device ("-1", Slurm's "NoDevFiles") ends the list.
+    return list(itertools.takewhile(_names_a_gpu, names))
+
+
+def _names_a_gpu(name: str) -> bool:
+    return name.isdigit() or name.startswith(("GPU-", "MIG-"))
 
 
 def _gpu_handle(name: str) -> object:

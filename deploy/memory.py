@@ -133,7 +133,9 @@ def trained_parameters(recipe: Recipe, shape: ModelShape) -> int:
 
 def on_device(recipe: Recipe) -> bool:
     """Whether the route keeps snapshots, and what a push receives, in a GPU's memory and not in the host's."""
-    return recipe.weights.route in ("auto", "nccl", "ipc")
+    if recipe.weights.route == "auto":
+        return recipe.actor.tensor_parallel == 1
+    return recipe.weights.route in ("nccl", "ipc")
 
 
 def _snapshots(recipe: Recipe, shape: ModelShape, device: Device) -> float:

@@ -23,10 +23,13 @@ WEIGHTS_FOLDER = "weights"
 
 
 def route_of(recipe: Recipe, ranks: Ranks) -> str:
-    """The route of a recipe; `auto` is nccl on GPU, ipc on one shared GPU, gloo on CPU."""
+    """The route of a recipe; `auto` is nccl on GPU, ipc on one shared GPU, gloo on CPU.
+
+    Under tensor parallelism an NCCL receive would run beside the engine's own collectives: gloo there.
+    """
     if recipe.weights.route != "auto":
         return recipe.weights.route
-    if ranks.device.type != "cuda":
+    if ranks.device.type != "cuda" or recipe.actor.tensor_parallel > 1:
         return "gloo"
     return "ipc" if recipe.launch.shared_gpu else "nccl"
 
@@ -82,6 +85,8 @@ class WeightPush:
             RunFailedError: an actor holds weights that differ from what was sent.
         """
         lora = self._recipe.lora
+        if self._publisher is not None:
+            self._publisher.make_room()
         snapshot = take_snapshot(
             engine.deepspeed,
             dtype=DTYPES[self._recipe.model.dtype],

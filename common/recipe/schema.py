@@ -340,7 +340,8 @@ class WeightsSection(Section):
     """How new weights reach running engines."""
 
     route: Literal["auto", "nccl", "gloo", "ipc", "disk"] = Field(
-        "auto", description="`auto`: nccl on GPU, ipc on one shared GPU, gloo on CPU."
+        "auto",
+        description="`auto`: nccl on GPU (gloo with `actor.tensor_parallel`), ipc on one shared GPU, gloo on CPU.",
     )
     bind: str = Field("127.0.0.1", description="Address that the learner serves weights on.")
     port: NonNegativeInt = Field(

@@ -28,6 +28,9 @@ _ENVIRONMENT = threading.Lock()
 # Read by ProcessGroupNCCL's constructor. With the defaults its watchdog tears the whole process down when a
 # peer of this group dies: the learner must survive that, so errors are polled for here instead.
 _NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+# Read by the process's first NCCL group, which is DeepSpeed's or vLLM's: it watches a flag that any group's time-out
+# sets, ours too, to dump traces and, minutes later, end the process. So this must stand before that group is made.
+os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 
 
 class Group:

@@ -148,6 +148,13 @@ class Publisher:
             self._release(old)
         self._to_prepare.put((push, snapshot))
 
+    def make_room(self) -> None:
+        """Gives up versions until another may be built beside those that are held; call before taking a snapshot."""
+        with self._lock:
+            held = [old for old in self._snapshots.values() if not old.released]
+        for old in held[: max(0, len(held) - self._max_snapshots + 1)]:
+            self._release(old)
+
     def check(self) -> None:
         """Raises `RunFailedError` when an actor reported a checksum mismatch; names the parameter."""
         if self._dispatcher.fatal:

@@ -40,6 +40,17 @@ def test_names_are_those_of_the_checkpoint_and_tied_weights_come_once(tied):
     assert all(torch.equal(tensors[name], p) for name, p in model.named_parameters())
 
 
+def test_pinned_buckets_share_one_block():
+    model = tiny_lm()
+    plain, pinned = (take_snapshot(model, bucket_bytes=4096, pinned=way) for way in (False, True))
+    assert len(pinned.layout) > 2
+    assert len({pinned.buffer(bucket.index).untyped_storage().data_ptr() for bucket in pinned.layout}) == 1
+    for snapshot in (plain, pinned):
+        snapshot.stamp(3)
+    for bucket in plain.layout:
+        assert torch.equal(plain.buffer(bucket.index), pinned.buffer(bucket.index))
+
+
 def test_floats_are_converted_on_the_way():
     model = tiny_lm()
     snapshot = take_snapshot(model, dtype=torch.bfloat16)

@@ -414,3 +414,14 @@ def test_the_probe_of_a_version_comes_with_it_and_goes_with_it(publisher):
     finally:
         receiver.stop.set()
         thread.join(5)
+
+
+def test_room_is_made_before_another_version_is_built(publisher):
+    first, second = snapshot(1), snapshot(2)
+    publisher.make_room()
+    publisher.publish(1, first)
+    publisher.make_room()
+    assert not first.released
+    publisher.publish(2, second)
+    publisher.make_room()
+    assert (first.released, second.released) == (True, False)
