@@ -1,7 +1,9 @@
 """How a run ends: in order, and in bounded time.
 
-Invariant: the broker leaves last. When a person stops the run, actors are told first, the learner (which then
-writes its last checkpoint) when no actor is left or their time is up, all within `STOP_S`. When the run is
+Invariant: the broker leaves last. When a person stops the run, actors are told first, the learner when no actor is
+left or their time is up. It then finishes its step and writes its last checkpoint, which for a large model takes
+minutes: the broker stays for as long as the learner shows signs of life. For all others the end is bounded by
+`STOP_S`: for actors, and for a learner that is still loading and has nothing to save. When the run is
 finished, the learner goes first and actors stay until it has left in peace: if it dies while it writes its last
 checkpoint, it comes back, rewinds, and finds them at work.
 """
@@ -14,6 +16,7 @@ from broker.members import LEFT, Members
 
 ACTORS_S = 3.0
 STOP_S = 9.0
+NOTHING_TO_SAVE = ("joining", "starting")  # states of a learner that has not begun to train
 Command = Literal["run", "drain", "stop"]
 
 
@@ -62,11 +65,14 @@ class Ending:
         in_peace = any(peer.farewell.startswith(LEFT) for peer in learners)
         return in_peace or now - self._since > self._patience_s
 
+    def _learner_has_work(self) -> bool:
+        return any(peer.state not in NOTHING_TO_SAVE for peer in self._members.living("learner"))
+
     def over(self, now: float) -> bool:
         """Whether the broker may leave."""
         if self.reason is None:
             return False
-        if self.asked and now - self._since > STOP_S:
+        if self.asked and now - self._since > STOP_S and not self._learner_has_work():
             return True
         if self._members.living_actors or self._members.living("learner"):
             return False

@@ -29,6 +29,7 @@ app = typer.Typer(
 VERBS: dict[str, tuple[str, str, str]] = {
     "run": ("deploy.run", "run", "A run on this machine"),
     "status": ("deploy.status", "status", "A run on this machine"),
+    "stop": ("deploy.stop", "stop", "A run on this machine"),
     "check": ("deploy.check", "check", "A run on this machine"),
     "plan": ("deploy.plan", "plan", "A run on this machine"),
     "broker": ("deploy.workers", "broker", "Its workers, one by one"),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from deploy.launch.supervisor import Supervisor, Worker
 
 POLL_S = 0.1
-ORDERLY_S = 6.0  # after the first Ctrl-C: the learner writes a checkpoint, actors hand back their leases
-TERM_S = 1.5  # then SIGTERM, then SIGKILL: all within 10 s
+ORDERLY_S = 6.0  # for the others, once the learner has written its checkpoint and left
+TERM_S = 1.5  # then SIGTERM, then SIGKILL
 END_S = 120.0  # after the last step: points are delivered, the figure is drawn
 
 
@@ -39,7 +39,8 @@ def run(
 ) -> None:
     """Run a recipe on this machine: broker, actors and learner, supervised, with a live display.
 
-    Ctrl-C stops everything in order within 10 seconds; `--resume` goes on from there.
+    Ctrl-C stops it in order: the learner finishes its step and writes a checkpoint, from which `--resume` goes on. A
+    second Ctrl-C ends everything at once.
     """
     from common.keys import check_client, check_server
     from common.recipe import load_recipe
@@ -51,8 +52,34 @@ def run(
     if loaded.broker.keys is not None:
         check_server(loaded.broker.keys)
         check_client(loaded.broker.keys)
+    if resume:
+        _say_what_changes(loaded)
     folder = prepare(loaded, resume=resume, fresh=fresh)
     raise typer.Exit(run_here(loaded, folder, resume=resume, quiet=quiet))
+
+
+def _say_what_changes(recipe: Recipe) -> None:
+    """Name the settings that a resumed run had otherwise until now: those of an earlier --set are easily forgotten."""
+    from common.errors import UserError
+    from common.tracking.tables import flatten
+    from deploy.folder import RECIPE_FILE, holds_a_run, read_recipe
+
+    if not holds_a_run(recipe.folder):
+        return
+    try:
+        before = flatten(read_recipe(recipe.folder).model_dump(mode="json"))
+    except UserError as error:  # written by another release
+        typer.echo(f"what the run was started with cannot be compared: {error}")
+        return
+    now = flatten(recipe.model_dump(mode="json"))
+    keys = sorted(key for key in before.keys() | now.keys() if key != "run.root")
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    for key in changed:
+        typer.echo(f"resumed with {key} = {now.get(key)!r}; until now {before.get(key)!r}")
+    if changed:
+        typer.echo(
+            f"to go on with everything as it was: slipstream run {recipe.folder / RECIPE_FILE} --resume"
+        )
 
 
 def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
@@ -72,8 +99,8 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
                 if silence.look(display.broker_silent_s()):
                     _keep_stacks(supervisor, display)
                 time.sleep(POLL_S)
-        if interrupts.count:
-            return _stop(supervisor, display, interrupts)
+            if interrupts.count:
+                return _stop(supervisor, display, interrupts, recipe.broker.dead_after_s)
         supervisor.wait(END_S if supervisor.failure is None else 0.0)
     finally:
         supervisor.end(term_s=TERM_S)
@@ -149,14 +176,25 @@ class _Interrupts:
         self.count += 1
 
 
-def _stop(supervisor: Supervisor, display, interrupts: _Interrupts) -> int:
+def _stop(supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: float) -> int:
+    """End the run in order, for as long as the learner and the broker are at it; see `broker.ending`.
+
+    Args:
+        patience_s: silence of the broker after which nobody is waited for.
+    """
     display.say(
-        "stopping: the learner writes a checkpoint, actors hand back their work (Ctrl-C again: at once)"
+        "stopping: actors hand back their work, the learner finishes its step and writes a checkpoint; "
+        "Ctrl-C again ends everything at once, without it"
     )
-    display.ask_to_stop()
-    deadline = time.monotonic() + ORDERLY_S
-    while time.monotonic() < deadline and interrupts.count < 2 and not supervisor.wait(0.1):
-        pass
+    asked, deadline = False, time.monotonic() + ORDERLY_S
+    while interrupts.count < 2 and not supervisor.wait(POLL_S):
+        display.refresh()
+        asked = asked or display.ask_to_stop()
+        gone = [supervisor.left(name) for name in ("broker", "learner")]
+        if asked and not any(gone) and display.broker_silent_s() < patience_s:
+            deadline = time.monotonic() + ORDERLY_S
+        elif all(gone) or time.monotonic() > deadline:
+            break
     supervisor.end(term_s=TERM_S)
     display.say_where()
     display.say(f"stopped; continue with: slipstream run {display.folder / 'recipe.toml'} --resume")

@@ -144,6 +144,10 @@ class Supervisor:
                 path.write_text(stacks.of_family(worker.process.pid), encoding="utf-8")
         return prefix
 
+    def left(self, name: str) -> bool:
+        """Whether the worker of this name does not run (any more)."""
+        return all(w.process is None or w.process.poll() is not None for w in self.workers if w.name == name)
+
     def wait(self, seconds: float) -> bool:
         """Wait until all workers have left by themselves; False when some have not in time."""
         self.stopping = True

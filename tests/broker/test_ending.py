@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from broker.ending import ACTORS_S, STOP_S, Ending
 from broker.members import LEFT, Members, Peer
-from common.messages import Hello
+from common.messages import Heartbeat, Hello
 
 
 def crew(*roles: str) -> tuple[Members, Ending]:
@@ -39,6 +41,25 @@ def test_a_stop_waits_for_nobody_for_ever() -> None:
     assert ending.command("learner", ACTORS_S + 0.1) == "stop", "an actor that is stuck"
     assert ending.over(STOP_S + 0.1)
     assert STOP_S < 10.0
+
+
+@pytest.mark.parametrize("state", ["training", "publishing", "checkpointing", "waiting for groups"])
+def test_a_stop_waits_for_the_learner_while_it_lives(state: str) -> None:
+    """A step and a checkpoint of a large model take minutes; a stuck actor is not waited for meanwhile or after."""
+    members, ending = crew("actor", "learner")
+    members.heard(members.peers["learner"], Heartbeat(state=state))
+    ending.begin("slipstream stop", 0.0, asked=True)
+    assert not ending.over(STOP_S + 600.0)
+    leave(members, "learner", "dead: not heard of for 30 s")
+    assert ending.over(STOP_S + 600.1)
+
+
+def test_a_stop_does_not_wait_for_a_learner_that_is_loading() -> None:
+    members, ending = crew("learner")
+    members.heard(members.peers["learner"], Heartbeat(state="starting"))
+    ending.begin("slipstream stop", 0.0, asked=True)
+    assert ending.command("learner", 0.1) == "stop"
+    assert ending.over(STOP_S + 0.1)
 
 
 def test_a_finished_run_keeps_its_actors_until_the_last_checkpoint_is_written() -> None:

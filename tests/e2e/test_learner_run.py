@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
+from deploy.watch import ask_status
 from learner.ranks import free_port
 from tests.e2e.learner_world import (
     final_status,
@@ -96,6 +97,27 @@ def test_terminated_it_saves_and_killed_it_continues(tmp_path: Path) -> None:
     status = final_status(recipe)
     assert status["ledger"]["sum_ok"]
     assert status["ledger"]["consumed"] == 12 * 4
+
+
+def test_stopped_while_it_loads_it_leaves_without_a_checkpoint(tmp_path: Path) -> None:
+    recipe = learner_recipe(tmp_path)
+    log = tmp_path / "learner.log"
+    with running_broker(recipe) as address:
+        learner = start_learner(address, log)
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not ask_status(address, None)["peers"].get("learner"):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            learner.send_signal(signal.SIGTERM)
+            assert learner.wait(60.0) == 0, log.read_text()
+            assert ask_status(address, None)["peers"]["learner"]["farewell"].startswith(
+                "left: stopped before"
+            )
+        finally:
+            end(learner)
+    assert "stopped before training began" in log.read_text()
+    assert not (recipe.folder / "checkpoints" / "latest.json").exists()
 
 
 def test_a_killed_broker_is_waited_for(tmp_path: Path) -> None:
