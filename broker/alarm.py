@@ -58,7 +58,7 @@ class Alarm:
             ledger.era,
             ledger.version,
             state.meters.lengths["sampled"].count,
-            len(state.evaluations.history),
+            len(state.evaluations.results),
         )
 
     def _raise(self, now: float) -> None:

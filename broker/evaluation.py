@@ -28,7 +28,10 @@ class Running:
 
 @dataclass
 class Evaluations:
-    """The schedule. `questions` of all sets; `every` in versions; `history` holds one dict per result."""
+    """The schedule. `questions` of all sets; `every` in versions; `results` by number of the job.
+
+    `unsaved` holds what has changed of the results since the journal was written; None for one that is gone.
+    """
 
     questions: Sequence[EvalQuestion]
     every: int
@@ -38,10 +41,22 @@ class Evaluations:
     lease_max_s: float
     waiting: EvalJob | None = None
     running: dict[int, Running] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    unsaved: dict[int, dict[str, Any] | None] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
     final_version: int | None = None
     next_job: int = 1
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All results, oldest first."""
+        return list(self.results.values())
+
+    @property
+    def accuracy(self) -> list[tuple[int, float]]:
+        """(version, accuracy) of all results: sampled at the recipe's temperature, else greedy."""
+        found = ((r["version"], r.get("pass1", r.get("greedy"))) for r in self.results.values())
+        return [(version, value) for version, value in found if value is not None]
 
     def at(self, version: int, *, final: bool) -> bool:
         """Version `version` exists: ask for an evaluation if one is due. True when asked."""
@@ -118,7 +133,7 @@ class Evaluations:
             self.waiting = None
         entry = {"version": message.version, "requested": job.requested, "seconds": message.seconds}
         entry.update(metrics_of(message.rows))
-        self.history.append(entry)
+        self.results[message.job] = self.unsaved[message.job] = entry
         return entry
 
     def _find(self, number: int) -> EvalJob | None:
@@ -128,7 +143,9 @@ class Evaluations:
 
     def rewind(self, version: int) -> None:
         """Versions after `version` are gone, and so is what was found out about them."""
-        self.history = [entry for entry in self.history if entry["version"] <= version]
+        for number in [n for n, entry in self.results.items() if entry["version"] > version]:
+            del self.results[number]
+            self.unsaved[number] = None
         self.asked = {asked for asked in self.asked if asked <= version}
         self.running = {n: r for n, r in self.running.items() if r.job.requested <= version}
         if self.waiting is not None and self.waiting.requested > version:
@@ -141,25 +158,26 @@ class Evaluations:
         if not self.questions:
             return True
         return self.final_version is not None and any(
-            entry["requested"] == self.final_version for entry in self.history
+            entry["requested"] == self.final_version for entry in self.results.values()
         )
 
     def state(self) -> dict[str, Any]:
-        """For the journal: results and which versions were asked for; open jobs are asked for again."""
+        """For the journal, beside the results: which versions were asked for; open jobs are asked for again."""
         open_versions = {r.job.requested for r in self.running.values()}
         if self.waiting is not None:
             open_versions.add(self.waiting.requested)
         return {
-            "history": self.history,
             "asked": sorted(self.asked),
             "open": max(open_versions, default=None),
             "final_version": self.final_version,
             "next_job": self.next_job,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], results: Mapping[int, dict[str, Any]]) -> None:
         """As saved by `state`. A job keeps its number, so that the actor that holds it can still answer."""
-        self.history, self.asked = list(state["history"]), set(state["asked"])
+        earlier = state.get("history", [])  # where journals had the results before they had rows of their own
+        self.unsaved = {number - len(earlier): entry for number, entry in enumerate(earlier)}
+        self.results, self.asked = {**self.unsaved, **results}, set(state["asked"])
         self.final_version, self.next_job = state["final_version"], state["next_job"]
         if state["open"] is not None and self.questions:
             self.next_job = max(1, self.next_job - 1)

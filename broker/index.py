@@ -11,7 +11,7 @@ tables at once would write four pages of 4 KiB per group, where an appended chan
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS entries (
     PRIMARY KEY (epoch, idx)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS changes (number INTEGER PRIMARY KEY, change BLOB);
+CREATE TABLE IF NOT EXISTS results (number INTEGER PRIMARY KEY, result BLOB);
 """
 
 
@@ -154,10 +155,17 @@ class Index:
             if row is not None:
                 yield key, Place(row[2], row[3], tuple(row[4:]))
 
+    def results(self) -> dict[int, Any]:
+        """The results of evaluations, by number."""
+        found = self._db.execute("SELECT number, result FROM results ORDER BY number")
+        return {number: _unpack(result) for number, result in found}
+
     # --- saving --------------------------------------------------------------------------------------------
 
-    def save(self, change: Change, extra: bytes | None) -> None:
+    def save(self, change: Change, extra: bytes | None, results: Mapping[int, Any]) -> None:
         """Make a change durable, and with it what else the run keeps where that has changed.
+
+        A result of an evaluation is a row of its own: the whole history at every save would grow with the run.
 
         Raises:
             sqlite3.Error: nothing was saved.
@@ -168,6 +176,8 @@ class Index:
             self._db.execute("INSERT INTO changes (change) VALUES (?)", (_encode(change),))
             if extra is not None:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES ('extra', ?)", (extra,))
+            for number, result in results.items():
+                self._save_result(number, result)
             if fold:
                 self._fold(change)
             self._db.execute("COMMIT")
@@ -180,6 +190,12 @@ class Index:
             self._groups.clear()
             self._entries.clear()
             self._unfolded = 0
+
+    def _save_result(self, number: int, result: Any) -> None:
+        if result is None:
+            self._db.execute("DELETE FROM results WHERE number = ?", (number,))
+        else:
+            self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (number, pack(result)))
 
     def _fold(self, last: Change) -> None:
         """Bring the tables up to date, `last` included, and empty `changes`."""

@@ -9,7 +9,7 @@ of a round. With `fsync` both wait for the disk, so that a power cut changes not
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from broker.group import Rules, State
 from broker.index import Change, Index, group_row, pack
 from broker.ledger import Ledger
 from broker.segments import Place, Segments
-from broker.store import Entry, StoreFull, entry_size
+from broker.store import NOTHING, Entry, StoreFull, entry_size
 from common.messages import GroupId
 
 FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
@@ -71,6 +71,9 @@ class Journal:
         """The ledger as it was saved, or None in a new journal."""
         return self._index.ledger(rules)
 
+    def results(self) -> dict[int, Any]:
+        return self._index.results()
+
     # --- groups --------------------------------------------------------------------------------------------
 
     def put(self, key: GroupId, entry: Entry) -> None:
@@ -109,15 +112,21 @@ class Journal:
 
     # --- saving --------------------------------------------------------------------------------------------
 
-    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]] | None) -> None:
+    def save(
+        self,
+        ledger: Ledger,
+        extra: Callable[[], dict[str, Any]] | None,
+        results: Mapping[int, Any] = NOTHING,
+    ) -> None:
         self._discard(ledger)
         meta = pack(ledger.meta())
-        if not (ledger.dirty or self._fresh or self._gone or extra or meta != self._meta_saved):
+        if not (ledger.dirty or self._fresh or self._gone or extra or results or meta != self._meta_saved):
             return
         try:
             written = self._segments.append(self._fresh.values())
             places = dict(zip(self._fresh, written, strict=True))
-            self._index.save(self._change(ledger, meta, places), None if extra is None else pack(extra()))
+            packed = None if extra is None else pack(extra())
+            self._index.save(self._change(ledger, meta, places), packed, results)
         except OSError as error:
             self._segments.undo()
             raise StoreFull(f"{self.folder}: {error.strerror}") from None

@@ -124,10 +124,10 @@ class MetricsPage:
 
     def _update_copies(self, service: Service, now: float) -> None:
         state, meters = service.state, service.state.meters
-        peers, history = state.members.living(), state.evaluations.history
+        peers, results = state.members.living(), state.evaluations.results
         rates = {(p.name,): p.token_rate.per_second(now) for p in peers if p.role == "actor"}
         readings = {(p.name, meter): value for p in peers for meter, value in p.telemetry.items()}
-        evaluation = _numbers(history[-1] if history else {})
+        evaluation = _numbers(next(reversed(results.values()), {}))
         self._copied.gauges = {
             "slipstream_actor_tokens_per_second": ("Published tokens.", ["actor"], rates),
             "slipstream_telemetry": ("Meters in the peers' heartbeats.", ["peer", "meter"], readings),

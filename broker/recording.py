@@ -8,7 +8,7 @@ and starts from version 0 as the recorded run did (`slipstream learner --replay 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from broker.group import Group, Rules, State
 from broker.journal import Journal
 from broker.ledger import Ledger
 from broker.run_folder import JOURNAL_FOLDER
-from broker.store import Entry
+from broker.store import NOTHING, Entry
 from common.errors import UserError
 from common.messages import GroupId
 
@@ -47,10 +47,19 @@ class RecordedStore:
     def pin(self, step: int, ledger: Ledger) -> None:
         """A recording keeps everything."""
 
-    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]] | None) -> None:
+    def save(
+        self,
+        ledger: Ledger,
+        extra: Callable[[], dict[str, Any]] | None,
+        results: Mapping[int, Any] = NOTHING,
+    ) -> None:
         """Where the replay stands is not kept: it can be repeated."""
         ledger.dirty.clear()
         ledger.discarded.clear()
+
+    def results(self) -> dict[int, Any]:
+        """A replay evaluates nothing."""
+        return {}
 
     def close(self) -> None:
         """Close the recording."""

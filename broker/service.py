@@ -21,7 +21,7 @@ from broker.learner_requests import LearnerRequests
 from broker.members import LEFT, MAX_PEERS, Peer
 from broker.outbox import Origin, Outbox
 from broker.state import RunState
-from broker.status import group_view, snapshot
+from broker.status import EVALUATIONS_SHOWN, group_view, snapshot
 from broker.store import Buffer
 from common.messages import (
     Ack,
@@ -359,7 +359,10 @@ class Service:
         self.outbox.reply(origin, Ack())
 
     def _status(self, origin: Origin, peer: Peer, query: StatusQuery, now: float) -> None:
-        status = snapshot(self.state, self.ending, self.learner.waiting_since(now), now, groups=query.groups)
+        waits = self.learner.waiting_since(now)
+        status = snapshot(
+            self.state, self.ending, waits, now, groups=query.groups, evaluations=EVALUATIONS_SHOWN
+        )
         self.outbox.reply(origin, Status(status=status))
 
     def _group(self, origin: Origin, peer: Peer, query: GroupQuery, now: float) -> None:

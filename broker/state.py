@@ -117,7 +117,8 @@ class RunState:
 
     def save(self) -> None:
         """Make everything so far durable. Raises StoreFull."""
-        self.store.save(self.ledger, self.extra if self.changed else None)
+        self.store.save(self.ledger, self.extra if self.changed else None, self.evaluations.unsaved)
+        self.evaluations.unsaved.clear()
         self.changed = False
 
     def event(self, text: str, *, warning: bool = False) -> None:
@@ -151,7 +152,7 @@ class RunState:
         self.weights = WeightsAddress(**extra["weights"]) if extra["weights"] else None
         self.last_train = extra["last_train"]
         self.first_lease_time, self.last_commit_time = extra["first_lease_time"], extra["last_commit_time"]
-        self.evaluations.restore(extra["evaluations"])
+        self.evaluations.restore(extra["evaluations"], self.store.results())
         self.meters.restore(extra["meters"])
 
     @property

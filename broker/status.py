@@ -18,12 +18,24 @@ from common.tracking.delivery import tracking_view
 
 LEASES_SHOWN = 100
 GROUPS_SHOWN = 2000
+EVALUATIONS_SHOWN = 100
 
 
 def snapshot(
-    state: RunState, ending: Ending, learner_waits_s: float | None, now: float, *, groups: bool = False
+    state: RunState,
+    ending: Ending,
+    learner_waits_s: float | None,
+    now: float,
+    *,
+    groups: bool = False,
+    evaluations: int | None = None,
 ) -> dict[str, Any]:
-    """The status of the run at `now` (broker's monotonic clock)."""
+    """The status of the run at `now` (broker's monotonic clock).
+
+    Args:
+        groups: list the buffer too.
+        evaluations: show so many, the first and the newest; None shows all.
+    """
     ledger, meters = state.ledger, state.meters
     ages = sorted((now - group.granted for group in ledger.leased), reverse=True)
     status = {
@@ -55,7 +67,8 @@ def snapshot(
         "lengths": {fate: lengths.view() for fate, lengths in meters.lengths.items()},
         "train": state.last_train,
         "rollouts": state.meters.rollouts.last,
-        "evaluations": state.evaluations.history,
+        "evaluations": _ends(state.evaluations.history, evaluations),
+        "accuracy": state.evaluations.accuracy,
         "evaluation_open": state.evaluations.waiting is not None or bool(state.evaluations.running),
         "evaluation": _open_evaluation(state, now),
         "pinned": state.pinned,
@@ -69,6 +82,12 @@ def snapshot(
     if groups:
         status["groups"] = [_group_row(group) for group in _buffer(state)]
     return status
+
+
+def _ends(history: list[dict[str, Any]], shown: int | None) -> list[dict[str, Any]]:
+    if shown is None or len(history) <= shown:
+        return history
+    return [history[0], *history[1 - shown :]]
 
 
 def _queue(state: RunState) -> dict[str, Any]:

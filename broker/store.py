@@ -6,7 +6,8 @@ store promises to survive (nothing here; a crash of the broker in the journal). 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -16,6 +17,7 @@ from broker.ledger import Ledger
 from broker.profile import Profile
 from common.messages import GroupHeader, GroupId, Part, decode_part, open_frame
 
+NOTHING: Mapping[int, Any] = MappingProxyType({})
 Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy
 
 
@@ -71,13 +73,22 @@ class Store(Protocol):
     def pin(self, step: int, ledger: Ledger) -> None:
         """History before `step` is final: what was consumed before it may go."""
 
-    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]] | None) -> None:
+    def save(
+        self,
+        ledger: Ledger,
+        extra: Callable[[], dict[str, Any]] | None,
+        results: Mapping[int, Any] = NOTHING,
+    ) -> None:
         """Make everything so far durable. Raises StoreFull; calling again later tries again.
 
         Args:
             ledger: its dirty and discarded groups are saved and cleared.
             extra: gives what else the run keeps, where that has changed since the last save; else None.
+            results: of evaluations, by number, that are new since the last save; None deletes one.
         """
+
+    def results(self) -> dict[int, Any]:
+        """The results of evaluations that were saved, by number, in its order."""
 
     def close(self) -> None:
         """Release files."""
@@ -117,11 +128,20 @@ class MemoryStore:
     def pin(self, step: int, ledger: Ledger) -> None:
         """Nothing to prune."""
 
-    def save(self, ledger: Ledger, extra: Callable[[], dict[str, Any]] | None) -> None:
+    def save(
+        self,
+        ledger: Ledger,
+        extra: Callable[[], dict[str, Any]] | None,
+        results: Mapping[int, Any] = NOTHING,
+    ) -> None:
         """Forget what the ledger discarded; nothing is durable."""
         self._drop(ledger.discarded)
         ledger.discarded.clear()
         ledger.dirty.clear()
+
+    def results(self) -> dict[int, Any]:
+        """Nothing is kept."""
+        return {}
 
     def close(self) -> None:
         """Nothing to close."""

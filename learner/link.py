@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from common.errors import RunFailedError, SlipstreamError
 from common.messages import Goodbye, Heartbeat, Message, Pulse, Serve, Status, StatusQuery, WeightsAddress
@@ -53,6 +52,7 @@ class BrokerLink:
         self._heartbeat_s = heartbeat_s
         self._outbox: queue.Queue[Message] = queue.Queue()
         self._closing = threading.Event()
+        self._asking = threading.Event()
         self._telemetry = Telemetry()
         self._stacks = StackAnswers()
         self._on_actors: Callable[[set[str]], None] = lambda living: None
@@ -149,6 +149,7 @@ class BrokerLink:
             if time.monotonic() >= due:
                 due = time.monotonic() + self._heartbeat_s
                 self._beat()
+                self._ask_status()
 
     def _deliver(self, message: Message) -> None:
         while not self._closing.is_set():
@@ -183,9 +184,19 @@ class BrokerLink:
         except (BrokerUnreachable, RefusedError) as error:
             log.warning("heartbeat: %s", error)
 
+    def _ask_status(self) -> None:
+        """A wish, not a message that must arrive: a commit shall never wait behind it for long."""
+        if not self._asking.is_set():
+            return
+        self._asking.clear()
+        try:
+            self._take_in(self._client.request(StatusQuery(), timeout_s=ATTEMPT_S).message)
+        except (BrokerUnreachable, RefusedError) as error:
+            log.warning("the broker did not say what the evaluations found: %s", error)
+
     def _take_in(self, reply: Message) -> None:
         if isinstance(reply, Status):
-            self.accuracy = accuracy_of(reply.status)
+            self.accuracy = dict(reply.status["accuracy"])
         elif isinstance(reply, Pulse):
             self.command, self.reason = reply.command, reply.reason
             self._compare(reply)
@@ -211,8 +222,8 @@ class BrokerLink:
             self.post(Serve(weights=weights))
 
     def ask_accuracy(self) -> None:
-        """Ask for the evaluations so far; `accuracy` has them when the answer is in."""
-        self.post(StatusQuery())
+        """Ask for the evaluations so far, once; `accuracy` has them when the answer is in."""
+        self._asking.set()
 
 
 class RankLink:
@@ -236,13 +247,3 @@ class RankLink:
                 if isinstance(pulse, Pulse) and (request := self._stacks.wanted(pulse)):
                     self._client.request(self._stacks.answer(request), timeout_s=ATTEMPT_S)
             time.sleep(self._heartbeat_s)
-
-
-def accuracy_of(status: dict[str, Any]) -> dict[int, float]:
-    """Held-out accuracy by version from a broker's status: sampled at the recipe's temperature, else greedy."""
-    known: dict[int, float] = {}
-    for entry in status.get("evaluations") or []:
-        value = entry.get("pass1", entry.get("greedy"))
-        if value is not None:
-            known[int(entry["version"])] = float(value)
-    return known

@@ -10,7 +10,19 @@ import msgspec
 import pytest
 
 from broker.evaluation import Evaluations, metrics_of
-from common.messages import EvalQuestion, EvalResult, EvalRow, Scored
+from broker.main import open_run
+from broker.service import Service
+from broker.state import RunState, load_held_out, load_training_set
+from common.messages import (
+    EvalQuestion,
+    EvalResult,
+    EvalRow,
+    Hello,
+    Scored,
+    StatusQuery,
+    decode,
+    encode,
+)
 from common.tracking.spool import read_spool
 from tests.scripted.actor import ScriptedActor, answer_evaluation
 from tests.scripted.broker import running_broker, scripted_recipe
@@ -95,9 +107,65 @@ def test_a_restart_of_the_broker_takes_the_answer_of_the_actor_that_has_the_job(
     evaluations.at(0, final=False)
     job = evaluations.grant("a", 0, 0.0)
     restored = schedule()
-    restored.restore(json.loads(json.dumps(evaluations.state())))
+    restored.restore(json.loads(json.dumps(evaluations.state())), evaluations.results)
     assert answered(restored, job, 0) is not None
     assert restored.waiting is None
+
+
+def test_results_are_saved_once_and_outlive_a_restart(tmp_path: Path) -> None:
+    """A save at each commit must not write the history of the whole run again."""
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"problem": "1?", "answer": "1"}) + "\n")
+    recipe = scripted_recipe(
+        tmp_path, eval={"sets": [str(held)], "every": 1}, broker={"durability": "journal"}
+    )
+
+    def open_state() -> RunState:
+        return open_run(recipe, recipe.folder, load_training_set(recipe), load_held_out(recipe))
+
+    state = open_state()
+    for version in range(3):
+        state.evaluations.at(version, final=False)
+        answered(state.evaluations, state.evaluations.grant("a", version, 0.0), version)
+        state.changed = True
+        state.save()
+    assert state.evaluations.unsaved == {}
+    assert "history" not in state.extra()["evaluations"]
+    state.evaluations.rewind(1)
+    state.changed = True
+    state.save()
+    state.store.close()
+    again = open_state()
+    assert again.evaluations.history == state.evaluations.history
+    assert [entry["version"] for entry in again.evaluations.history] == [0, 1]
+    again.store.close()
+
+
+def test_a_journal_with_the_results_in_one_piece_is_still_read() -> None:
+    evaluations = schedule()
+    entries = [{"version": version, "requested": version, "greedy": 0.5} for version in (0, 4)]
+    before = {"history": entries, "asked": [0, 4], "open": None, "final_version": None, "next_job": 3}
+    evaluations.restore(before, {})
+    assert evaluations.history == entries
+    assert list(evaluations.unsaved.values()) == entries, "they get rows of their own with the next save"
+    evaluations.at(8, final=False)
+    answered(evaluations, evaluations.grant("a", 8, 0.0), 8)
+    assert evaluations.accuracy == [(0, 0.5), (4, 0.5), (8, 0.5)]
+
+
+def test_a_status_of_a_very_long_run_fits_a_message(tmp_path: Path) -> None:
+    recipe = scripted_recipe(tmp_path)
+    service = Service(open_run(recipe, recipe.folder, load_training_set(recipe), []))
+    metrics = {f"a-set-with-a-name/{name}": 0.5 for name in range(60)}
+    service.state.evaluations.results = {
+        n: {"version": n, "requested": n, "pass1": n / 20_000, **metrics} for n in range(20_000)
+    }
+    hello = Hello(role="observer", peer="eye", software="0.1.0", host="h", pid=1)
+    for number, message in enumerate((hello, StatusQuery())):
+        service.receive(b"eye", [memoryview(encode(message, number))], 0.0)
+    reply, _ = decode(service.outbox.empty()[-1].frames[0])
+    assert [entry["version"] for entry in reply.status["evaluations"]] == [0, *range(19_901, 20_000)]
+    assert len(reply.status["accuracy"]) == 20_000, "what the best checkpoint is chosen by"
 
 
 def test_the_metrics_have_their_denominators() -> None:

@@ -8,8 +8,19 @@ import msgspec
 import pytest
 
 from common.errors import RunFailedError
-from common.messages import Ack, Heartbeat, Message, Pin, Pulse, Refused, decode, encode
-from common.wire import RefusedError, Reply
+from common.messages import (
+    Ack,
+    Heartbeat,
+    Message,
+    Pin,
+    Pulse,
+    Refused,
+    Status,
+    StatusQuery,
+    decode,
+    encode,
+)
+from common.wire import BrokerUnreachable, RefusedError, Reply
 from learner.link import BrokerLink
 from tests.scripted.wait import until
 
@@ -69,6 +80,28 @@ def test_whatever_ends_the_thread_ends_the_run(connect) -> None:
         link.check()
     link.post(Pin(step=0, path="x"))
     assert not link.flush(0.1), "nobody delivers it any more"
+
+
+def test_what_the_evaluations_found_is_asked_for_once_and_holds_up_no_commit(connect) -> None:
+    """A status too large for a message is never answered: what must arrive is not kept waiting behind it."""
+    answers = [None, Status(status={"accuracy": [(0, 0.25), (4, 0.5)]})]
+
+    def answer(message: Message) -> Message:
+        if not isinstance(message, StatusQuery):
+            return PULSE if isinstance(message, Heartbeat) else Ack()
+        found = answers.pop(0)
+        if found is None:
+            raise BrokerUnreachable("no answer")
+        return found
+
+    broker = Broker(answer)
+    link = connect(broker)
+    link.ask_accuracy()
+    link.post(Pin(step=0, path="x"))
+    until(lambda: len(answers) == 1, "it asks")
+    assert link.flush(10.0)
+    link.ask_accuracy()
+    until(lambda: link.accuracy == {0: 0.25, 4: 0.5}, "the answer")
 
 
 def test_a_refusal_ends_the_run_with_its_reason(connect) -> None:
