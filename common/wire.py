@@ -22,6 +22,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +96,9 @@ def _follow(socket: Any, address: str, connected: str | None) -> str | None:
 def _open_socket(context: zmq.Context, address: str, keys: Path | None) -> tuple[Any, str | None]:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(
+        zmq.IMMEDIATE, 1
+    )  # a broker that comes back is not greeted by what was asked while it was away
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -209,8 +213,9 @@ class Client:
         notice = started + NOTICE_S + hold_s
         number = next(self._numbers)  # the same at every attempt: a late answer is an answer
         while True:
-            self._send([encode(message, number), *payload])
-            reply = self._await(number, _attempt_seconds(started, timeout_s, hold_s))
+            deadline = time.monotonic() + _attempt_seconds(started, timeout_s, hold_s)
+            self._send([encode(message, number), *payload], deadline)
+            reply = self._await(number, deadline)
             if reply is None:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
@@ -223,14 +228,14 @@ class Client:
             else:
                 return reply
 
-    def _send(self, frames: list[Any]) -> None:
-        try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            time.sleep(0.05)  # no connection and the queue is full: the next attempt sends again
+    def _send(self, frames: list[Any], deadline: float) -> None:
+        """Send once there is a connection; if there is none until `deadline`, the next attempt sends."""
+        left = max(0.0, deadline - time.monotonic())
+        if self._socket.poll(int(left * 1000) + 1, zmq.POLLOUT):
+            with suppress(zmq.Again):
+                self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
 
-    def _await(self, number: int, timeout_s: float) -> Reply | None:
-        deadline = time.monotonic() + timeout_s
+    def _await(self, number: int, deadline: float) -> Reply | None:
         while (left := deadline - time.monotonic()) > 0:
             if not self._socket.poll(int(left * 1000) + 1):
                 return None

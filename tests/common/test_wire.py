@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +22,17 @@ Handler = Callable[[m.Message, list[bytes]], tuple[m.Message, list[bytes]] | Non
 class TinyBroker(threading.Thread):
     """A real ROUTER that answers by a function; None means no answer."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, port: int | None = None) -> None:
         super().__init__(daemon=True)
         self.handler = handler
         self.seen: list[m.Message] = []
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        if port is None:
+            port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        else:
+            self.socket.bind(f"tcp://127.0.0.1:{port}")
+        self.port = port
         self.ending = threading.Event()
 
     def run(self) -> None:
@@ -47,8 +52,8 @@ class TinyBroker(threading.Thread):
 def start() -> Iterator[Callable[[Handler], TinyBroker]]:
     running: list[TinyBroker] = []
 
-    def go(handler: Handler) -> TinyBroker:
-        broker = TinyBroker(handler)
+    def go(handler: Handler, port: int | None = None) -> TinyBroker:
+        broker = TinyBroker(handler, port)
         broker.start()
         running.append(broker)
         return broker
@@ -171,6 +176,47 @@ def test_async_nobody_there_is_said_in_time() -> None:
             client.close()
 
     asyncio.run(ask())
+
+
+def unused_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_what_was_asked_while_the_broker_was_away_is_not_delivered_later(
+    start: Callable[..., TinyBroker],
+) -> None:
+    """A hundred actors, a minute of outage: the broker would be busy with requests that nobody waits for."""
+    port = unused_port()
+    client = wire.Client(f"127.0.0.1:{port}", HELLO)
+    for _ in range(3):
+        with pytest.raises(wire.BrokerUnreachable):
+            client.request(m.Goodbye(reason="old"), timeout_s=0.5)
+    broker = start(lambda message, payload: (m.Ack(), []), port)
+    client.request(m.Goodbye(reason="new"), timeout_s=20)
+    assert {message.reason for message in broker.seen} == {"new"}
+    client.close()
+
+
+def test_what_was_asked_while_the_broker_was_away_is_not_delivered_later_async(
+    start: Callable[..., TinyBroker],
+) -> None:
+    port = unused_port()
+
+    async def ask() -> TinyBroker:
+        client = wire.AsyncClient(f"127.0.0.1:{port}", HELLO)
+        old = (client.request(m.Goodbye(reason="old"), timeout_s=0.5) for _ in range(5))
+        assert all(
+            isinstance(error, wire.BrokerUnreachable)
+            for error in await asyncio.gather(*old, return_exceptions=True)
+        )
+        broker = start(lambda message, payload: (m.Ack(), []), port)
+        await client.request(m.Goodbye(reason="new"), timeout_s=20)
+        client.close()
+        return broker
+
+    assert {message.reason for message in asyncio.run(ask()).seen} == {"new"}
 
 
 def announce(path: Path, broker: TinyBroker) -> None:
