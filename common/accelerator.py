@@ -11,7 +11,6 @@ import pynvml
 from common.errors import UserError
 from common.telemetry import visible_gpus
 
-HIDDEN = ("-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that name no GPU
 EXTRA_CUDA = 13  # major version of what constraints/gpu.txt installs
 MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}  # by major version of CUDA
 
@@ -58,8 +57,7 @@ def require_gpu(device: str) -> None:
 
 
 def _wanted(device: str) -> bool:
-    shown = [name for name in visible_gpus() if name not in HIDDEN]
-    return device == "gpu" or (device == "auto" and bool(shown))
+    return device == "gpu" or (device == "auto" and bool(visible_gpus()))
 
 
 def _driver() -> str:

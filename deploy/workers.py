@@ -233,13 +233,9 @@ def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int
         raise RunFailedError(f"the broker refused the learner: {error}") from None
     finally:
         client.close()
-    arguments = [
-        "--join",
-        address,
-        *(["--resume"] if resume else []),
-        *(["--keys", str(keys)] if keys else []),
-    ]
-    return run_ranks(ranks, arguments, folder)
+    program = ["-m", "deploy", "learner", "--join", address]
+    program += [*(["--resume"] if resume else []), *(["--keys", str(keys)] if keys else [])]
+    return run_ranks(ranks, program, folder)
 
 
 def track(

@@ -35,12 +35,12 @@ class _StopSignal:
         self.received = True
 
 
-def run_ranks(ranks: int, arguments: Sequence[str], folder: Path) -> int:
+def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
     """Start the ranks, pass signals on, wait for their end.
 
     Args:
         ranks: how many.
-        arguments: of `slipstream learner`, for each of them.
+        program: what each of them runs: a script or `-m MODULE`, and its arguments.
         folder: the run's.
 
     Returns:
@@ -53,7 +53,7 @@ def run_ranks(ranks: int, arguments: Sequence[str], folder: Path) -> int:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
             "--signals-to-handle=SIGHUP,SIGQUIT",
-            *("-m", "deploy", "learner", *arguments),
+            *program,
         ],
         preexec_fn=_prepare,
     )
