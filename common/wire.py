@@ -96,9 +96,8 @@ def _follow(socket: Any, address: str, connected: str | None) -> str | None:
 def _open_socket(context: zmq.Context, address: str, keys: Path | None) -> tuple[Any, str | None]:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(
-        zmq.IMMEDIATE, 1
-    )  # a broker that comes back is not greeted by what was asked while it was away
+    # a broker that comes back is not greeted by what was asked while it was away
+    socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)

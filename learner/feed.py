@@ -28,6 +28,8 @@ log = logging.getLogger("slipstream.learner")
 
 HOLD_S = 1.0  # the broker may hold a Take so long; also how late the loop hears that it should stop
 PATIENCE_S = 4.0
+LONGEST_S = 64.0  # for a piece of the payloads, on a line that is slow
+PIECE = 8  # groups fetched at a time: what has come is kept, however long the rest takes
 RETRY_S = 0.05
 PASSING_REFUSALS = ("not_now", "full")  # an earlier commit is on its way; the broker's disk is full
 
@@ -149,24 +151,35 @@ class Feed:
         return _CLOSE if self._closing.is_set() else encode(batch, 0)
 
     def _fetch(self, groups: Sequence[GroupId]) -> dict[GroupId, Payload]:
-        payloads: dict[GroupId, Payload] | None = None
+        payloads: dict[GroupId, Payload] = {}
+        patience = PATIENCE_S
         while True:
-            if payloads is None:
-                payloads = self._try_fetch(groups)
-            if self._all_have(payloads is not None):
-                assert payloads is not None
+            before = len(payloads)
+            self._fetch_more(groups, payloads, patience)
+            missing = len(groups) - len(payloads)
+            if self._all_have(not missing):
                 return payloads
-            self._items.put(Waiting(f"payloads from the broker at {self._client.address}"))
+            if missing and len(payloads) == before:
+                patience = min(2 * patience, LONGEST_S)
+            whose = f"payloads of {missing} groups" if missing else "another rank's payloads"
+            self._items.put(Waiting(f"{whose} from the broker at {self._client.address}"))
 
-    def _try_fetch(self, groups: Sequence[GroupId]) -> dict[GroupId, Payload] | None:
-        if not groups:
-            return {}
-        try:
-            reply = self._client.request(Fetch(groups=list(groups)), timeout_s=PATIENCE_S)
-        except BrokerUnreachable:
-            return None
-        buffers = reply.payload
-        return {group: buffers[3 * i : 3 * i + 3] for i, group in enumerate(groups)}
+    def _fetch_more(
+        self, groups: Sequence[GroupId], payloads: dict[GroupId, Payload], patience: float
+    ) -> None:
+        """Add payloads that are missing, piece by piece, for about `patience` seconds."""
+        started = time.monotonic()
+        missing = [group for group in groups if group not in payloads]
+        for first in range(0, len(missing), PIECE):
+            piece = missing[first : first + PIECE]
+            try:
+                reply = self._client.request(Fetch(groups=piece), timeout_s=patience)
+            except BrokerUnreachable:
+                return
+            buffers = reply.payload
+            payloads.update((group, buffers[3 * i : 3 * i + 3]) for i, group in enumerate(piece))
+            if time.monotonic() - started > patience:
+                return
 
     def _all_have(self, mine: bool) -> bool:
         """Whether every rank has its payloads; rank 0 may close instead."""
