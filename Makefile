@@ -4,7 +4,7 @@ SHELL := /usr/bin/env bash
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test nightly test-slurm test-other-vllm lint format lock bench clean
+.PHONY: help setup demo test nightly test-slurm test-other-vllm lint format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'

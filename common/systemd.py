@@ -1,4 +1,4 @@
-"""What a worker tells systemd: that it has started, that it still makes progress, that it is leaving.
+"""What a worker tells systemd: that it has started, and that it still makes progress.
 
 Invariant: outside systemd (no NOTIFY_SOCKET) everything here does nothing and costs nothing; inside, a worker
 that no longer makes progress falls silent, and systemd kills and restarts it (sd_notify(3), sd_watchdog_enabled(3)).
@@ -24,16 +24,6 @@ def _notify(state: str) -> None:
 def notify_ready(status: str = "") -> None:
     """Say that start-up is over: systemd now starts what waits for this unit. `status` is one line for people."""
     _notify("READY=1" + (f"\nSTATUS={status}" if status else ""))
-
-
-def notify_status(status: str) -> None:
-    """Show one line in `systemctl status`."""
-    _notify(f"STATUS={status}")
-
-
-def notify_stopping() -> None:
-    """Say that the worker is leaving in order; from here on only TimeoutStopSec counts."""
-    _notify("STOPPING=1")
 
 
 def watchdog_interval_s() -> float | None:

@@ -94,16 +94,9 @@ def _width(recipe: Recipe) -> int:
     return 4 if recipe.model.dtype == "float32" else 2
 
 
-def stage_of(recipe: Recipe) -> int:
-    """The ZeRO stage that runs: bfloat16 starts at 1 (learner.engine.effective_stage)."""
-    return (
-        max(recipe.learner.zero_stage, 1) if recipe.model.dtype == "bfloat16" else recipe.learner.zero_stage
-    )
-
-
 def _states(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     """Weights, gradients and optimizer state. From stage 1 on DeepSpeed trains a float32 copy of its shard."""
-    stage, ranks, width = stage_of(recipe), recipe.learner.ranks, _width(recipe)
+    stage, ranks, width = recipe.effective_zero_stage, recipe.learner.ranks, _width(recipe)
     everything, trained = float(shape.parameters), float(trained_parameters(recipe, shape))
     shard = trained / ranks if stage else trained
     bucket = min(trained, BUCKET_ELEMENTS)

@@ -30,7 +30,7 @@ from torch import Tensor
 from common.errors import RunFailedError, UserError
 from common.recipe.schema import Recipe
 from learner.durable import cut_short, damage_of, to_disk
-from learner.engine import Engine, effective_stage
+from learner.engine import Engine
 from learner.model import bytes_of_checkpoint
 from learner.ranks import Ranks
 
@@ -46,6 +46,7 @@ BOUND_SETTINGS = (
     "model.dtype",
     "lora",
     "algorithm.preset",
+    "algorithm.advantage",
     "learner.zero_stage",
     "learner.ranks",
 )
@@ -222,9 +223,8 @@ class Checkpoints:
     def _compare(self, saved: Mapping[str, Any]) -> None:
         before, now = _flat(saved), _flat(self._recipe.model_dump(mode="json"))
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        bound_settings = (*BOUND_SETTINGS, *(["learner.ranks"] if effective_stage(self._recipe) else []))
         for name in changed:
-            if any(name == bound or name.startswith(f"{bound}.") for bound in bound_settings):
+            if any(name == bound or name.startswith(f"{bound}.") for bound in BOUND_SETTINGS):
                 raise UserError(
                     f"the checkpoint was written with {before.get(name)!r}; a resumed run cannot change it.",
                     setting=name,

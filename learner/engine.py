@@ -46,7 +46,7 @@ def deepspeed_config(recipe: Recipe, elements: int) -> dict[str, Any]:
     bfloat16 gradients are accumulated and reduced in float32. DeepSpeed's stage 0 cannot do that, so that
     bfloat16 starts at stage 1, which differs from stage 0 only in splitting the optimizer's state.
     """
-    stage = effective_stage(recipe)
+    stage = recipe.effective_zero_stage
     bucket = min(-(-elements // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT, MAX_BUCKET_ELEMENTS)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -67,12 +67,6 @@ def deepspeed_config(recipe: Recipe, elements: int) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config
-
-
-def effective_stage(recipe: Recipe) -> int:
-    """The ZeRO stage that runs; see `deepspeed_config`."""
-    stage = recipe.learner.zero_stage
-    return max(stage, 1) if recipe.model.dtype == "bfloat16" else stage
 
 
 def adamw(policy: PolicyModel, settings: LearnerSection) -> torch.optim.Optimizer:
@@ -110,7 +104,7 @@ class Engine:
         self.ranks = ranks
         self.temperature = recipe.rollout.temperature
         self._limit = recipe.learner.max_grad_norm
-        self._stage = effective_stage(recipe)
+        self._stage = recipe.effective_zero_stage
         self._skipped = 0
         policy.to(ranks.device)
         client = optimizer(policy, recipe.learner)

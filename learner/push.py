@@ -61,7 +61,6 @@ class WeightPush:
                 run_id=run,
                 route=route,
                 device=device,
-                bucket_bytes=recipe.weights.bucket_mb * MIB,
                 deadline_s=recipe.weights.deadline_s,
                 degree=recipe.weights.degree,
                 checksum_every=recipe.weights.checksum_every,

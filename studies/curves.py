@@ -92,13 +92,6 @@ def at_end(rows: Sequence[Row], key: str, **where: Any) -> float:
     return mean([row.get(key) for row in chosen if row["step"] >= (1 - END_SHARE) * last])
 
 
-def at_start(rows: Sequence[Row], key: str, **where: Any) -> float:
-    """Mean of `key` over as many of the first steps."""
-    chosen = [r for r in rows if r["kind"] == "train" and all(r.get(k) == v for k, v in where.items())]
-    last = max((row["step"] for row in chosen), default=0)
-    return mean([row.get(key) for row in chosen if row["step"] <= END_SHARE * last])
-
-
 def score(rows: Sequence[Row], step: str = "last", **where: Any) -> float:
     """Held-out accuracy at the `first`, `last` or `best` evaluation of the rows that match `where`."""
     chosen = [r for r in rows if r["kind"] == "eval" and all(r.get(k) == v for k, v in where.items())]

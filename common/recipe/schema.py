@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.recipe.presets import equal_rewards_are_neutral, has_group_baseline
 
@@ -424,11 +424,6 @@ class Recipe(Section):
     tracking: TrackingSection = TrackingSection()
     launch: LaunchSection = LaunchSection()
 
-    @field_validator("run", mode="before")
-    @classmethod
-    def _run_may_be_absent(cls, value: object) -> object:
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         for check in (_group_baseline, _context, _batch_arithmetic, _value_head, _refill, _heartbeats):
@@ -454,6 +449,12 @@ class Recipe(Section):
     def normaliser(self) -> float:
         """L of the constant aggregation, in tokens (Listing 1: the generation budget)."""
         return self.algorithm.normaliser or float(self.rollout.max_tokens)
+
+    @property
+    def effective_zero_stage(self) -> int:
+        """The ZeRO stage that runs: DeepSpeed's stage 0 cannot accumulate bfloat16 gradients in float32."""
+        stage = self.learner.zero_stage
+        return max(stage, 1) if self.model.dtype == "bfloat16" else stage
 
     @property
     def equal_rewards(self) -> Literal["count", "train", "refill"]:

@@ -90,9 +90,7 @@ def check_options(level: str, template: str) -> None:
     if level not in LEVELS:
         raise UserError(f"unknown level {level!r}; one of {', '.join(LEVELS)}", setting="verifier.level")
     if template not in TEMPLATES:
-        raise UserError(
-            f"unknown template {template!r}; one of {', '.join(TEMPLATES)}", setting="verifier.template"
-        )
+        raise UserError(f"unknown template {template!r}; one of {', '.join(TEMPLATES)}", setting="template")
 
 
 def gold_texts(gold: Gold) -> tuple[str, ...]:

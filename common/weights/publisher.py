@@ -31,7 +31,6 @@ from common.weights.dispatch import (
 )
 from common.weights.errors import Cause, SupersededError
 from common.weights.ipc import CudaIpcSource, SharedMemorySource
-from common.weights.layout import DEFAULT_BUCKET_BYTES
 from common.weights.probe import Probe
 from common.weights.protocol import EVENTS, Hop, Offer, decode, edge_name, encode, probe_key
 from common.weights.sender import LinkSender, SendReport
@@ -53,7 +52,6 @@ class Publisher:
         run_id: receivers of another run are turned away by it.
         route: "gloo", "nccl", "disk" or "ipc".
         device: where snapshots live ("cpu", or the learner's GPU for "nccl" and GPU "ipc").
-        bucket_bytes: see `take_snapshot`; informative here.
         deadline_s: longest single wait for a receiver.
         degree: receivers that the learner, and each relay, serves itself.
         max_snapshots: versions held in memory, the newest included.
@@ -72,7 +70,6 @@ class Publisher:
         run_id: str,
         route: str = "gloo",
         device: torch.device | str = "cpu",
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         deadline_s: float = 30.0,
         degree: int = 4,
         max_snapshots: int = 2,
@@ -84,7 +81,6 @@ class Publisher:
             raise UserError(
                 f"name the one address that actors reach, not '{bind_host}'", setting="weights.bind"
             )
-        self.bucket_bytes = bucket_bytes
         self.device = torch.device(device)
         self._max_snapshots = max_snapshots
         self._checksum_every = checksum_every
@@ -360,8 +356,10 @@ def _check_settings(
     if route == "gloo" and device.type != "cpu":
         raise UserError("gloo sends from host memory: take snapshots on the CPU", setting="weights.route")
     if route == "disk" and folder is None:
-        raise UserError("the disk route needs a folder that actors share", setting="weights.folder")
-    for name, value in (("deadline_s", deadline_s), ("degree", degree), ("max_snapshots", max_snapshots)):
+        raise ValueError("the disk route needs a folder that actors share")
+    if max_snapshots < 1:
+        raise ValueError(f"max_snapshots must be positive, not {max_snapshots}")
+    for name, value in (("deadline_s", deadline_s), ("degree", degree)):
         if value < (0.001 if name == "deadline_s" else 1):
             raise UserError(f"must be positive, not {value}", setting=f"weights.{name}")
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from common.systemd import Progress, Watchdog, notify_ready, notify_stopping, watchdog_interval_s
+from common.systemd import Progress, Watchdog, notify_ready, watchdog_interval_s
 
 
 @pytest.fixture
@@ -30,10 +30,9 @@ def received(listener: socket.socket) -> list[str]:
             return texts
 
 
-def test_ready_and_stopping_reach_the_manager(manager):
+def test_ready_reaches_the_manager(manager):
     notify_ready("step 0, 12 actors")
-    notify_stopping()
-    assert received(manager) == ["READY=1\nSTATUS=step 0, 12 actors", "STOPPING=1"]
+    assert received(manager) == ["READY=1\nSTATUS=step 0, 12 actors"]
 
 
 def test_abstract_socket_names_work(monkeypatch):

@@ -17,7 +17,7 @@ from common.tracking.spool import Spool, read_spool
 from learner.objectives import preset
 from learner.pretraining.tokenizer import build_tokenizer
 from studies.countdown import _problems, _response, documents, reward_of_text
-from studies.curves import at_end, at_start, score, small_run, units_of
+from studies.curves import at_end, score, small_run, units_of
 from studies.pipeline import rows_of
 from studies.questions import PARTS, held_out, training_set
 from studies.samplers import cut
@@ -193,6 +193,5 @@ def test_the_tests_budget_overrides_every_size(tmp_path: Path) -> None:
 def test_ends_of_a_curve() -> None:
     rows = [{"kind": "train", "step": step, "reward": float(step), "a": 1} for step in range(11)]
     assert at_end(rows, "reward", a=1) == 9.0
-    assert at_start(rows, "reward", a=1) == 1.0
     with pytest.raises(ValueError, match="nothing"):
         at_end(rows, "reward", a=2)

@@ -328,9 +328,7 @@ def test_a_truncated_bucket_is_refused_and_named(publisher):
     [
         ({"route": "smoke"}, r"weights\.route"),
         ({"route": "nccl"}, r"weights\.route"),
-        ({"route": "disk"}, r"weights\.folder"),
         ({"degree": 0}, r"weights\.degree"),
-        ({"max_snapshots": 0}, r"weights\.max_snapshots"),
         ({"deadline_s": 0.0}, r"weights\.deadline_s"),
         ({"bind_host": "203.0.113.1"}, r"weights\.bind"),
         ({"bind_host": "0.0.0.0"}, r"weights\.bind"),
