@@ -41,6 +41,7 @@ from common.weights.transport import GroupSource, Source
 LOGGER = logging.getLogger(__name__)
 
 BUSY_POLL_S, IDLE_POLL_S = 0.004, 0.02
+RETRY_S = 1.0
 
 
 class Publisher:
@@ -218,20 +219,39 @@ class Publisher:
     # ---------------------------------------------------------------- preparing thread
 
     def _prepare_loop(self) -> None:
-        """Checksums and files are made here: they cost a pass over the weights, which is not the learner's."""
-        while (job := self._to_prepare.get()) is not None:
-            push, snapshot = job
+        """Checksums and files are made here: they cost a pass over the weights, which is not the learner's.
+
+        What cannot be prepared (a full disk, a store that went away) is tried again until a newer version comes:
+        it may be the last, and training goes on meanwhile.
+        """
+        failed: tuple[Push, Snapshot] | None = None
+        while True:
             try:
-                self._prepare(push, snapshot)
-            except SupersededError:
-                continue
-            except Exception as error:  # a full disk, a store that went away: training goes on
-                LOGGER.error("weights: version %d cannot be offered: %s", push.version, error)
+                job = self._to_prepare.get(timeout=None if failed is None else RETRY_S)
+            except queue.Empty:
+                job = failed
+            if job is None:
+                return
+            done = self._offered(*job, again=job is failed)
+            failed = None if done else job
+
+    def _offered(self, push: Push, snapshot: Snapshot, *, again: bool) -> bool:
+        """Prepare and offer a version; False where that may succeed later."""
+        try:
+            self._prepare(push, snapshot)
+        except SupersededError:
+            return True
+        except Exception as error:
+            if not again:
+                LOGGER.error("weights: version %d cannot be offered yet: %s", push.version, error)
                 with self._lock:
                     self._dispatcher.failures[Cause.UNWRITTEN] += 1
-                continue
-            with self._lock:
-                self._dispatcher.publish(push)
+            return False
+        if again:
+            LOGGER.info("weights: version %d can be offered now", push.version)
+        with self._lock:
+            self._dispatcher.publish(push)
+        return True
 
     def _prepare(self, push: Push, snapshot: Snapshot) -> None:
         self._store.set(f"manifest/{snapshot.manifest.digest}", snapshot.manifest.to_json())

@@ -14,6 +14,7 @@ import torch
 from receiver_process import ReceiverProcess
 
 import common.weights.disk
+import common.weights.publisher
 from common.errors import RunFailedError, UserError
 from common.weights import Address, Cause, LinkError, Publisher, Snapshot
 from common.weights.ipc import SharedMemorySource
@@ -286,6 +287,28 @@ def test_a_full_disk_costs_a_version_and_leaves_nothing_half_written(tmp_path, m
             assert not list(tmp_path.glob("*/*"))
             publisher.publish(2, snapshot(2))
             until(lambda: receiver.version == 2)
+    finally:
+        publisher.close()
+
+
+def test_what_could_not_be_written_is_offered_once_it_can_be(tmp_path, monkeypatch):
+    """It may be the last version, or one that every actor waits for: no newer one would come to replace it."""
+    monkeypatch.setattr(common.weights.publisher, "RETRY_S", 0.01)
+    publisher = Publisher(run_id=RUN, route="disk", folder=tmp_path, deadline_s=3.0)
+    real, full = common.weights.disk.save_file, [True] * 3
+
+    def full_at_first(tensors, path, metadata):
+        if full:
+            full.pop()
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(common.weights.disk, "save_file", full_at_first)
+    try:
+        with thread_receiver(publisher) as receiver:
+            publisher.publish(1, snapshot(1))
+            until(lambda: receiver.version == 1)
+            assert publisher.meters()["failures"] == {"unwritten": 1}, "one version, not one attempt"
     finally:
         publisher.close()
 
