@@ -89,7 +89,7 @@ class DataSection(Section):
     max_epochs: PositiveInt = Field(20, description="Passes over the set at most (paper: 20, a cap only).")
     template: str = Field("qwen_math", description="Name of a template, or a text that contains {question}.")
     max_prompt_tokens: PositiveInt = Field(
-        1024, description="Longer prompts are left out before the run starts (paper: 1024)."
+        1024, description="Questions with longer prompts are given up when an actor meets them (paper: 1024)."
     )
     reward: str = Field("math", description="`math` (the verifier), or `package.module:function`.")
 
