@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,17 @@ from actors.leaving import Leaving, Order, Way
 from actors.meters import Meters
 from actors.policy import Policy
 from actors.prompts import Prompts
-from actors.rollout import Limits, Rollout
+from actors.rollout import LATER, RETRY_S, Limits, Rollout
 from actors.scoring import Scorer
 from actors.weights import WeightReceiver
 from actors.weights.probe import MismatchProbe
-from common.messages import EvalJob, Heartbeat, Pulse, WeightsAddress, Welcome
+from common.messages import EvalJob, EvalResult, Heartbeat, Pulse, Release, WeightsAddress, Welcome
 from common.recipe import Recipe
 from common.tasks.templates import get_template
 from common.telemetry import Telemetry
 from common.verifier import VerifierPool
 from common.weights.probe import Probe
-from common.wire import AsyncClient, RefusedError
+from common.wire import AsyncClient, BrokerUnreachable, RefusedError
 
 log = logging.getLogger("slipstream.actor")
 
@@ -141,14 +142,30 @@ class Actor:
 
     async def _answer(self, job: EvalJob) -> None:
         try:
-            result = await self._evaluator.answer(job)
-            await self._wire.request(result, timeout_s=None)
+            await self._hand_in(await self._evaluator.answer(job))
         except EngineLostError:
             log.warning("evaluation %d was broken off by the engine", job.job)
         except RefusedError as refused:
             log.warning("the answers to evaluation %d were refused: %s", job.job, refused)
-        except Exception:  # training does not end for an evaluation; the broker gives it to another actor
+            await self._give_back(job, f"its answers were refused: {refused}")
+        except Exception as error:  # training does not end for an evaluation; another actor may do better
             log.exception("evaluation %d failed", job.job)
+            await self._give_back(job, f"{type(error).__name__}: {error}")
+
+    async def _hand_in(self, result: EvalResult) -> None:
+        """Send the answers until the broker has taken them or refused them for good."""
+        while True:
+            try:
+                await self._wire.request(result, timeout_s=None)
+                return
+            except RefusedError as refused:
+                if refused.code not in LATER:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
+    async def _give_back(self, job: EvalJob, reason: str) -> None:
+        with suppress(BrokerUnreachable, RefusedError):  # then the broker takes it back in time
+            await self._wire.request(Release(groups=[], reason=reason[:1000], evaluation=job.job))
 
     # --- heartbeats ----------------------------------------------------------------------------------------
 

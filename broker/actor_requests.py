@@ -252,10 +252,20 @@ class ActorRequests:
         """Take leases back."""
         ledger = self._state.ledger
         count = ledger.release(peer.name, message.groups, message.reason, message.cause)
-        self._state.event(f"actor {peer.name} hands back {count} leases: {message.reason[:200]}")
+        if count or message.evaluation is None:
+            self._state.event(f"actor {peer.name} hands back {count} leases: {message.reason[:200]}")
+        if message.evaluation is not None:
+            self._take_back(peer, message.evaluation, message.reason[:200])
         self._outbox.reply(origin, Ack(), durable=True)
 
     # --- evaluations -----------------------------------------------------------------------------------------
+
+    def _take_back(self, peer: Peer, job: int, reason: str) -> None:
+        fate = "goes to another" if self._state.evaluations.hand_back(peer.name, job) else "is given up"
+        self._state.changed = True
+        self._state.event(
+            f"actor {peer.name} failed at evaluation {job}, which {fate}: {reason}", warning=True
+        )
 
     def eval_result(self, origin: Origin, peer: Peer, message: EvalResult, now: float) -> None:
         """Take in the answers to an evaluation."""

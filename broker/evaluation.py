@@ -16,6 +16,8 @@ from common.evaluation.report import short_name
 from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
 from common.tracking.catalogue import plain
 
+MAX_RETURNS = 3  # of a job, before it is given up: no actor could answer it
+
 
 @dataclass(slots=True)
 class Running:
@@ -44,6 +46,7 @@ class Evaluations:
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsaved: dict[int, dict[str, Any] | None] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
+    returns: Counter[int] = field(default_factory=Counter)  # by number of the job
     final_version: int | None = None
     next_job: int = 1
 
@@ -102,6 +105,18 @@ class Evaluations:
         """The actor is gone: its job waits again, unless a newer one does."""
         for running in [r for r in self.running.values() if r.actor == actor]:
             self._put_back(running)
+
+    def hand_back(self, actor: str, number: int) -> bool:
+        """The actor could not answer this job: it waits for another; False when it has been given up instead."""
+        running = self.running.get(number)
+        if running is None or running.actor != actor:
+            return True
+        self.returns[number] += 1
+        if self.returns[number] >= MAX_RETURNS:
+            del self.running[number]
+            return False
+        self._put_back(running)
+        return True
 
     def tick(self, now: float) -> None:
         """Jobs that take too long wait again."""

@@ -291,11 +291,13 @@ class Release(Message):
 
     `cause` is for the broker: `leaving` is not held against a question, `failed` counts towards
     `broker.max_attempts`, `unanswerable` (no actor could, such as a prompt that is too long) gives it up at once.
+    `evaluation` is a job that will not be answered either.
     """
 
     groups: list[GroupId]
     reason: Text
     cause: Cause = "failed"
+    evaluation: Count | None = None
 
 
 class EvalResult(Message):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
 
+from actors import actor as actor_module
 from actors import main as actor_main
+from actors.actor import Actor
 from actors.evaluation import TEXTS_PER_SET, Evaluator
 from actors.heart import Heart
 from actors.leaving import Leaving
@@ -17,7 +20,16 @@ from actors.meters import Meters
 from actors.policy import Policy
 from actors.scoring import Score, Scorer
 from common.errors import RunFailedError
-from common.messages import EvalJob, EvalQuestion, Heartbeat, Pulse, Refused, WeightsAddress
+from common.messages import (
+    Ack,
+    EvalJob,
+    EvalQuestion,
+    EvalResult,
+    Heartbeat,
+    Pulse,
+    Refused,
+    WeightsAddress,
+)
 from common.model_files import tokenizer_digest
 from common.wire import BrokerUnreachable, RefusedError, Reply
 
@@ -232,3 +244,42 @@ class TestJoining:
         monkeypatch.setattr(actor_main.Client, "connect", refuse)
         with pytest.raises(RunFailedError, match="another version"):
             actor_main.run_actor("127.0.0.1:1", name="a")
+
+
+class TestAnswersToAnEvaluation:
+    JOB = EvalJob(job=3, requested=0, questions=[], samples=0, temperature=1.0, max_tokens=8)
+
+    def answer(self, monkeypatch, replies: list, evaluate=None) -> list:
+        monkeypatch.setattr(actor_module, "RETRY_S", 0.001)
+        said = []
+
+        async def result(job: EvalJob) -> EvalResult:
+            if evaluate is not None:
+                raise evaluate
+            return EvalResult(job=job.job, version=0, era=0, rows=[], seconds=1.0)
+
+        class Wire:
+            async def request(self, message, timeout_s=60.0):
+                said.append(message)
+                reply = replies.pop(0)
+                if isinstance(reply, Refused):
+                    raise RefusedError(reply)
+
+        actor = Actor.__new__(Actor)
+        actor._wire, actor._evaluator = Wire(), SimpleNamespace(answer=result)
+        asyncio.run(actor._answer(self.JOB))
+        return said
+
+    def test_are_sent_again_after_a_passing_refusal(self, monkeypatch):
+        full = Refused(code="full", reason="the disk is full")
+        said = self.answer(monkeypatch, [full, full, Ack()])
+        assert [message.kind for message in said] == ["eval_result"] * 3
+
+    @pytest.mark.parametrize("failure", ["refused", "defect"])
+    def test_that_come_to_nothing_give_the_job_back(self, monkeypatch, failure):
+        refused = Refused(code="malformed", reason="a row is missing")
+        defect = KeyError("a defect")
+        replies, evaluate = ([refused, Ack()], None) if failure == "refused" else ([Ack()], defect)
+        said = self.answer(monkeypatch, replies, evaluate)
+        assert (said[-1].kind, said[-1].evaluation, said[-1].groups) == ("release", 3, [])
+        assert ("a row is missing" if failure == "refused" else "a defect") in said[-1].reason

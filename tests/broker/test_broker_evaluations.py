@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -18,6 +19,9 @@ from common.messages import (
     EvalResult,
     EvalRow,
     Hello,
+    Lease,
+    Message,
+    Release,
     Scored,
     StatusQuery,
     decode,
@@ -69,6 +73,42 @@ def test_a_job_that_came_to_nothing_goes_to_another(how: str) -> None:
     assert evaluations.grant("b", 1, 101.0) == job
     assert answered(evaluations, job, 1)["version"] == 1
     assert answered(evaluations, job, 1) is None, "twice counts once"
+
+
+def test_a_job_that_is_handed_back_goes_to_another_but_not_for_ever() -> None:
+    evaluations = schedule()
+    evaluations.at(0, final=False)
+    job = evaluations.grant("a", 0, 0.0)
+    assert evaluations.hand_back("b", job.job), "not its own"
+    assert "a" in [running.actor for running in evaluations.running.values()]
+    for kept in (True, True, False):
+        assert evaluations.hand_back("a", job.job) is kept
+        assert evaluations.grant("a", 0, 0.0) == (job if kept else None)
+    evaluations.at(4, final=False)
+    assert evaluations.grant("a", 4, 0.0).requested == 4, "the next one is another"
+
+
+def test_an_actor_that_fails_at_an_evaluation_says_so_and_it_goes_to_another(tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"problem": "1?", "answer": "1"}) + "\n")
+    recipe = scripted_recipe(tmp_path, eval={"sets": [str(held)]})
+    state = open_run(recipe, recipe.folder, load_training_set(recipe), load_held_out(recipe))
+    service = Service(state)
+
+    def say(sender: bytes, message: Message) -> Message:
+        service.receive(sender, [memoryview(encode(message, next(numbers)))], 0.0)
+        service.settle(0.0)
+        return decode(service.outbox.empty()[-1].frames[0])[0]
+
+    numbers = itertools.count()
+    for name in ("a", "b"):
+        say(name.encode(), Hello(role="actor", peer=name, software="0.1.0", host="h", pid=1))
+    lease = Lease(capacity=1, version=0, era=0, wait_s=1.0)
+    job = say(b"a", lease).evaluation
+    assert say(b"b", lease).evaluation is None
+    say(b"a", Release(groups=[], reason="KeyError: a defect", evaluation=job.job))
+    assert say(b"b", lease).evaluation == job
+    assert "failed at evaluation 1, which goes to another: KeyError" in state.events[-1]["text"]
 
 
 def test_a_part_of_an_evaluation_is_none() -> None:
