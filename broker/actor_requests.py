@@ -1,7 +1,8 @@
 """Requests of actors: lease, publish, release, evaluation results.
 
 Invariant: a lease is granted only where admission allows it (I1); where it does not, the request waits here, and
-its sender is told what it waits for. One waiting request per connection: a newer one replaces it.
+its sender is told what it waits for. One waiting request per actor: a newer one, over whichever connection,
+replaces it, so that no grant goes to a connection that is no more.
 """
 
 from __future__ import annotations
@@ -64,13 +65,14 @@ class ActorRequests:
 
     def lease(self, origin: Origin, peer: Peer, message: Lease, now: float) -> None:
         """Grant what can be granted at once, else wait. Asked again for the same: the same answer again."""
-        if (last := self._last_grant.get(peer.name)) is not None and last[0] == origin:
+        # By number alone: an actor that had to connect anew asks over another connection.
+        if (last := self._last_grant.get(peer.name)) is not None and last[0].request == origin.request:
             self._outbox.reply_plain(origin, "grant", last[1], durable=True)
             return
         wait_s = min(message.wait_s, ENDING_HOLD_S) if self._ending.reason else message.wait_s
         waiting = Waiting(origin, peer.name, message, now + wait_s)
-        if (earlier := self._waiting.get(origin.connection)) is not None:
-            self._drop(earlier)
+        if (line := self._line_of.get(peer.name)) is not None:
+            self._drop(self._waiting[line])
         if not self._grant(waiting, now):
             self._wait(waiting)
 

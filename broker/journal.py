@@ -47,6 +47,8 @@ class Journal:
         self._places = dict(self._index.places())
         self._segments = Segments(folder, fsync=fsync, read_only=read_only)
         self._segments.hold(self._places.values())
+        if not read_only:
+            self._segments.sweep()
         self._cache: dict[GroupId, Entry] = {}  # what is not consumed; the disk has it too, once saved
         self._fresh: dict[GroupId, Entry] = {}  # not saved yet
         self._gone: set[GroupId] = set()

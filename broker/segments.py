@@ -11,7 +11,7 @@ of 16, one core: 2.2 GB/s against 0.36 GB/s).
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from broker.store import Buffer, Entry
 
 SEGMENT_BYTES = 256 << 20
+READERS_KEPT = 16  # files open for reading
 IOV_MAX = 512
 
 
@@ -42,7 +43,7 @@ class Segments:
     def __init__(self, folder: Path, *, fsync: bool = False, read_only: bool = False) -> None:
         self.folder, self.fsync = folder, fsync
         self._live: Counter[int] = Counter()  # groups held, by segment
-        self._readers: dict[int, int] = {}
+        self._readers: OrderedDict[int, int] = OrderedDict()  # least recently used first
         self._number = max(self._numbers(), default=0)
         self._writer, self._start, self._end = -1, 0, 0
         if not read_only:
@@ -69,7 +70,10 @@ class Segments:
         """Write groups; returns their places, which are not held yet. Raises OSError; `undo` then takes it back."""
         self._start = self._end
         if self._end > SEGMENT_BYTES:
+            full = self._number
             self._open_next()
+            if self._live[full] <= 0:  # all of it was released while it was still written to
+                self._delete(full)
         end = self._end
         places: list[Place] = []
         buffers: list[Buffer] = []
@@ -93,10 +97,8 @@ class Segments:
 
     def read(self, place: Place) -> Entry:
         """A group as it was written. Raises OSError if the file ends before it."""
-        if place.segment not in self._readers:
-            self._readers[place.segment] = os.open(self._path(place.segment), os.O_RDONLY | os.O_CLOEXEC)
         wanted = sum(place.sizes)
-        data = os.pread(self._readers[place.segment], wanted, place.start)
+        data = os.pread(self._reader(place.segment), wanted, place.start)
         if len(data) != wanted:
             raise OSError(
                 f"{self._path(place.segment)} is damaged: {wanted} bytes at {place.start} are missing"
@@ -106,6 +108,14 @@ class Segments:
             parts.append(view[start : start + size])
             start += size
         return Entry(bytes(parts[0]), parts[1:])
+
+    def _reader(self, segment: int) -> int:
+        if segment not in self._readers:
+            self._readers[segment] = os.open(self._path(segment), os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._readers) > READERS_KEPT:
+                os.close(self._readers.popitem(last=False)[1])
+        self._readers.move_to_end(segment)
+        return self._readers[segment]
 
     def hold(self, places: Iterable[Place]) -> None:
         """Groups at these places are kept."""
@@ -118,6 +128,12 @@ class Segments:
             self._live[place.segment] -= 1
             if self._live[place.segment] <= 0 and place.segment != self._number:
                 self._delete(place.segment)
+
+    def sweep(self) -> None:
+        """Delete files of an earlier process in which no group is held."""
+        for segment in self._numbers():
+            if segment != self._number and self._live[segment] <= 0:
+                self._delete(segment)
 
     def _delete(self, segment: int) -> None:
         del self._live[segment]

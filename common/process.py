@@ -66,6 +66,9 @@ def end_groups(processes: Iterable[subprocess.Popen], *, term_s: float) -> None:
 def leave(code: int) -> NoReturn:
     """End the process at once: C++ threads of torch and vLLM may abort, or chatter in, an orderly interpreter exit."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # a full disk, a pipe that nobody reads, closed already
+            stream.flush()
     os._exit(code)

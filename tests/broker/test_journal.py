@@ -169,6 +169,50 @@ def test_a_segment_that_cannot_be_opened_costs_nothing_but_time(
         assert [bytes(part) for part in again.get(group.key).payload] == PAYLOAD
 
 
+def test_a_file_whose_groups_were_all_released_while_it_was_written_to_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, journal = Ledger(RULES), Journal(tmp_path)
+    (first,) = fill(ledger, journal, 1)
+    journal.save(ledger, None)
+    (full,) = segments(tmp_path)
+    ledger.discarded.append(first.key)
+    journal.save(ledger, None)
+    assert segments(tmp_path) == [full], "still the one that is written to"
+    monkeypatch.setattr("broker.segments.SEGMENT_BYTES", 1)
+    fill(ledger, journal, 1)
+    journal.save(ledger, None)
+    assert full not in segments(tmp_path)
+
+
+def test_restarts_leave_no_empty_files(tmp_path: Path) -> None:
+    ledger, journal = Ledger(RULES), Journal(tmp_path)
+    (group,) = fill(ledger, journal, 1)
+    journal.save(ledger, None)
+    journal.close()
+    for _ in range(5):
+        again = Journal(tmp_path)
+        assert [bytes(part) for part in again.get(group.key).payload] == PAYLOAD
+        again.close()
+    assert len(segments(tmp_path)) == 2, "the one with the group, and that of the last start"
+
+
+def test_few_files_are_open_however_many_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.segments.SEGMENT_BYTES", 1)
+    monkeypatch.setattr("broker.segments.READERS_KEPT", 2)
+    ledger, journal = Ledger(RULES), Journal(tmp_path)
+    groups = []
+    for _ in range(4):
+        groups += fill(ledger, journal, 1)
+        journal.save(ledger, None)
+    again = Journal(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for group in groups + groups[::-1]:
+        assert [bytes(part) for part in again.get(group.key).payload] == PAYLOAD
+    assert len(segments(tmp_path)) > 4
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+
+
 def test_a_damaged_segment_is_an_error_and_not_wrong_data(tmp_path: Path) -> None:
     ledger, journal = Ledger(RULES), Journal(tmp_path)
     groups = fill(ledger, journal, 2)

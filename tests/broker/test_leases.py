@@ -10,6 +10,7 @@ from broker.service import Service
 from broker.state import load_training_set
 from common.messages import (
     Commit,
+    Goodbye,
     Grant,
     Heartbeat,
     Hello,
@@ -104,6 +105,30 @@ def test_those_who_wait_get_work_in_the_order_in_which_they_came(tmp_path: Path)
     assert [type(reply).__name__ for reply in world.replies[actors[2]]] == ["Pulse", "Grant"]
     assert len(world.replies[actors[2]][1].groups) == 4, "new weights came while it waited"
     assert world.replies.get(actors[0]) is None
+
+
+def test_an_actor_that_had_to_connect_anew_gets_its_grant_there(tmp_path: Path) -> None:
+    """Its request still waits under the old connection: what is granted to that one is lost."""
+    world = World(tmp_path)
+    one, other = world.join("one"), world.join("other")
+    for actor in (one, other):
+        assert len(world.ask(actor, 100).groups) == 4
+    assert world.ask(one, 4, wait_s=60.0) is None
+    world.say(b"one, again", Hello(role="actor", peer="one", software="0.1.0", host="h", pid=1))
+    assert world.ask(b"one, again", 4, wait_s=60.0) is None
+    world.say(other, Goodbye(reason="leaving"))
+    assert world.replies.get(one) is None
+    assert len(world.replies[b"one, again"][0].groups) == 4
+
+
+def test_a_grant_that_was_lost_with_its_connection_is_given_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    one = world.join("one")
+    world.numbers = itertools.repeat(7)  # asked again, under the same number
+    lost = world.ask(one, 2)
+    world.say(b"one, again", Hello(role="actor", peer="one", software="0.1.0", host="h", pid=1))
+    assert world.ask(b"one, again", 2) == lost
+    assert world.service.state.ledger.counts()["in_flight"] == 2
 
 
 def test_a_policy_that_does_not_exist_gets_nothing(tmp_path: Path) -> None:
