@@ -93,6 +93,7 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
     try:
         welcome = _patiently(control, control.hello, stop)
         assert isinstance(welcome, Welcome)
+        _stay_with(welcome.run, control, feed)
         with kept_outcome(Path(welcome.folder)):
             recipe = Recipe.model_validate(welcome.recipe)
             _check_world(recipe)
@@ -115,6 +116,12 @@ def _connection(address: str, keys: Path | None) -> Client:
     pid = os.getppid() if launched_world() > 1 else os.getpid()
     hello = Hello(role="learner", peer=PEER, software=software_version(), host=socket.gethostname(), pid=pid)
     return Client(address, hello, keys=keys)
+
+
+def _stay_with(run: str, *clients: Client) -> None:
+    """Join no other run: one may be served later where this one was."""
+    for client in clients:
+        client.hello = replace(client.hello, run=run)
 
 
 def _observer(address: str, keys: Path | None) -> Client:
