@@ -75,6 +75,14 @@ Actors = Annotated[
         min=0, help="Actors, each a task of a job array; default: actor.count.", rich_help_panel=ACTORS
     ),
 ]
+ActorsPerJob = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Actors that share a task, where the cluster gives whole nodes; default: 1.",
+        rich_help_panel=ACTORS,
+    ),
+]
 ActorPartition = Annotated[
     str | None, typer.Option(help="Another partition for the actors.", rich_help_panel=ACTORS)
 ]

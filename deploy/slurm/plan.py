@@ -30,11 +30,13 @@ class Options:
     """What the caller typed; None: not given.
 
     Attributes:
+        actors, actors_per_job: how many there shall be, and how many of them share a task of the array.
         extra, head_extra, actor_extra: options of sbatch for both kinds of jobs, and for one of them.
     """
 
     learner_nodes: int
     actors: int
+    actors_per_job: int = 1
     partition: str | None = None
     actor_partition: str | None = None
     gpus_per_node: int | None = None
@@ -115,6 +117,11 @@ class Plan:
         """Data-parallel ranks of the learner."""
         return self.options.learner_nodes * self.ranks_per_node
 
+    @property
+    def actor_tasks(self) -> int:
+        """Tasks of the actors' array."""
+        return tasks_of(self.options.actors, self.options.actors_per_job)
+
 
 def make_plan(
     recipe: Recipe, options: Options, *, program: tuple[str, ...] | None = None, limit: str | None = None
@@ -131,6 +138,7 @@ def make_plan(
         UserError: a value cannot stand in a batch file, or the learner's ranks do not fill its nodes.
     """
     _check_words(options)
+    tasks_of(options.actors, options.actors_per_job)
     gpus = _gpus_per_node(recipe, options)
     if options.cpus_per_gpu and not gpus:
         raise UserError("this recipe runs on the CPU: set launch.learner_cores.", setting="--cpus-per-gpu")
@@ -153,6 +161,19 @@ def make_plan(
         broker_port=recipe.broker.port,
         master_port=recipe.learner.master_port,
     )
+
+
+def tasks_of(actors: int, per_job: int) -> int:
+    """Tasks of the array that hold so many actors.
+
+    Raises:
+        UserError: they do not fill them.
+    """
+    if actors % per_job:
+        raise UserError(
+            f"{actors} actors do not fill jobs of {per_job} (--actors-per-job).", setting="--actors"
+        )
+    return actors // per_job
 
 
 def cluster_overrides(recipe: Recipe, options: Options) -> list[str]:
@@ -242,3 +263,7 @@ def _check_line(setting: str, line: str) -> None:
         raise UserError(f"'{line}' is not one option of sbatch, such as --constraint=a100.", setting=setting)
     if line.startswith("--signal"):
         raise UserError("the scripts need their own --signal: use --lead for its time.", setting=setting)
+    if re.match(r"--time\b(?!-)|-t", line):
+        raise UserError(
+            "the warning before the limit goes by --time and --actor-time: use them.", setting=setting
+        )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from common.errors import UserError
 from deploy.slurm import queue
+from deploy.slurm.plan import tasks_of
 from deploy.slurm.queue import Task
 from deploy.slurm.state import locked, read_state, write_state
 
@@ -46,12 +47,14 @@ def plan_change(tasks: list[Task], leaving: set[str], wanted: int) -> Change:
 
 
 def scale_array(folder: Path, actors: int) -> str:
-    """Grow or shrink the run's job array to `actors` tasks; returns a sentence that says what was done.
+    """Grow or shrink the run's job array to hold `actors`; returns a sentence that says what was done.
 
     Raises:
-        UserError: the run is not on the cluster, or Slurm refuses.
+        UserError: the run is not on the cluster, its actors share jobs that so many do not fill, or Slurm refuses.
     """
     state = read_state(folder)
+    per_job = state.options.get("actors_per_job", 1)
+    wanted = tasks_of(actors, per_job)
     queue.require_slurm()
     with locked(folder):
         state = read_state(folder)
@@ -62,7 +65,7 @@ def scale_array(folder: Path, actors: int) -> str:
             )
         tasks = [t for t in queue.queued(f"slipstream-{state.run}-actors") if t.index is not None]
         state.leaving = [label for label in state.leaving if label in {task.label for task in tasks}]
-        change = plan_change(tasks, set(state.leaving), actors)
+        change = plan_change(tasks, set(state.leaving), wanted)
         if change.add:
             file = str(folder / "slurm" / "actors.sbatch")
             after = f"--dependency=after:{state.head}"
@@ -71,13 +74,14 @@ def scale_array(folder: Path, actors: int) -> str:
         write_state(folder, state)
         queue.cancel(task.label for task in change.cancel)
         queue.ask_to_leave(task.label for task in change.ask)
-    return _sentence(tasks, change, actors)
+    return _sentence(tasks, change, wanted, per_job)
 
 
-def _sentence(tasks: list[Task], change: Change, wanted: int) -> str:
+def _sentence(tasks: list[Task], change: Change, wanted: int, per_job: int) -> str:
     running = sum(task.state == "RUNNING" for task in tasks)
     parts = [f"{len(change.add)} submitted"] if change.add else []
     parts += [f"{len(change.cancel)} taken out of the queue"] if change.cancel else []
     parts += [f"{len(change.ask)} asked to leave"] if change.ask else []
     done = ", ".join(parts) or "nothing to do"
-    return f"actors: {running} running and {len(tasks) - running} waiting before; {wanted} wanted: {done}"
+    unit = "actors" if per_job == 1 else f"jobs of {per_job} actors"
+    return f"{unit}: {running} running and {len(tasks) - running} waiting before; {wanted} wanted: {done}"

@@ -39,7 +39,7 @@ def render(plan: Plan, *, set_addresses: bool) -> dict[str, str]:
         **{name: getattr(plan, name) for name in ("ranks_per_node", "gpus_per_node", "gpus_per_actor")},
         **{name: getattr(plan, name) for name in ("cpus_per_rank", "cpus_per_actor")},
         **{name: getattr(plan, name) for name in ("head_notice", "actor_notice")},
-        **{name: getattr(plan, name) for name in ("broker_port", "master_port")},
+        **{name: getattr(plan, name) for name in ("broker_port", "master_port", "actor_tasks")},
         **asdict(options),
         "actor_partition": options.actor_partition or options.partition,
         "actor_qos": options.actor_qos or options.qos,

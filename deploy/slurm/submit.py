@@ -22,6 +22,7 @@ from deploy.slurm.arguments import (
     ActorQos,
     Actors,
     ActorSbatch,
+    ActorsPerJob,
     ActorTime,
     CpusPerGpu,
     DryRun,
@@ -51,6 +52,7 @@ def submit(
     learner_nodes: LearnerNodes = None,
     partition: Partition = None,
     actors: Actors = None,
+    actors_per_job: ActorsPerJob = None,
     actor_partition: ActorPartition = None,
     gpus_per_node: GpusPerNode = None,
     cpus_per_gpu: CpusPerGpu = None,
@@ -200,7 +202,11 @@ def _try(plan: Plan, name: str, script: str) -> None:
         queue.try_script(script)
     except UserError as error:
         head = name == "head.sbatch"
-        cpus, per_node = (plan.cpus_per_rank, plan.ranks_per_node) if head else (plan.cpus_per_actor, 1)
+        cpus, per_node = (
+            (plan.cpus_per_rank, plan.ranks_per_node)
+            if head
+            else (plan.cpus_per_actor, plan.options.actors_per_job)
+        )
         if plan.options.cpus_per_gpu or not (plan.gpus_per_node and cpus):
             raise
         asked = f"{name} asks for {cpus * per_node} cores of a node; if that is too many: --cpus-per-gpu"

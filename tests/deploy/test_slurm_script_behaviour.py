@@ -43,10 +43,11 @@ class Stage:
         path.chmod(0o755)
         return path
 
-    def play(self, script: str, **changes) -> subprocess.CompletedProcess[str]:
+    def play(self, script: str, *overrides: str, **changes) -> subprocess.CompletedProcess[str]:
         """Run a batch file to its end."""
         options = Options(**{"learner_nodes": 1, "actors": 2, **changes})
-        recipe = load_recipe(self.recipe, cluster_overrides(load_recipe(self.recipe), options))
+        loaded = load_recipe(self.recipe, overrides)
+        recipe = load_recipe(self.recipe, [*overrides, *cluster_overrides(loaded, options)])
         plan = make_plan(recipe, options, program=(str(self.program),))
         environment = {
             **os.environ,
@@ -55,6 +56,7 @@ class Stage:
             "SLURM_ARRAY_JOB_ID": "78",
             "SLURM_ARRAY_TASK_ID": "3",
             "SLIPSTREAM_LOOK_S": "1",
+            "CUDA_VISIBLE_DEVICES": "4,5,6,7",
         }
         return subprocess.run(
             ["bash", "-c", render(plan, set_addresses=True)[script]],
@@ -78,6 +80,7 @@ def stage(tmp_path, monkeypatch) -> Stage:
     return Stage(tmp_path)
 
 
+STUBBORN = "trap '' TERM; while [ ! -e requeued ]; do sleep; done"  # until Slurm ends it
 BROKER = "trap 'exit 0' TERM; while :; do sleep; done"  # until it is told to leave
 
 
@@ -104,8 +107,9 @@ def test_a_learner_that_was_killed_is_started_again(stage: Stage) -> None:
 
 def test_at_the_deadline_the_job_queues_again_though_the_learner_still_writes(stage: Stage) -> None:
     stage.stand_in("program", BROKER)
-    stage.stand_in("srun", "kill -USR1 $PPID; trap '' TERM; while :; do sleep; done")
-    stage.stand_in("scontrol", "kill -KILL $(pgrep -P $PPID); exit 0")  # Slurm ends what is left
+    stage.stand_in("program", "while [ ! -e requeued ]; do sleep; done")
+    stage.stand_in("srun", "kill -USR1 $PPID; " + STUBBORN)
+    stage.stand_in("scontrol", "touch requeued")
     done = stage.play("head.sbatch", lead=4)
     assert stage.calls("scontrol") == ["requeue 77"]
     assert "the learner did not save its work in time" in done.stdout
@@ -161,7 +165,41 @@ def test_a_slurm_that_does_not_answer_says_nothing_about_the_head(stage: Stage) 
 
 def test_near_its_limit_an_actor_that_does_not_leave_queues_again(stage: Stage) -> None:
     stage.stand_in("squeue", "echo 77")
-    stage.stand_in("program", "kill -USR1 $PPID; trap '' TERM; while :; do sleep; done")
-    stage.stand_in("scontrol", "kill -KILL $(pgrep -P $PPID); exit 0")
+    stage.stand_in("program", 'kill -USR1 "$(ps -o ppid= -p $PPID)"; ' + STUBBORN)  # the batch script itself
+    stage.stand_in("scontrol", "touch requeued")
     stage.play("actors.sbatch", time="0:16")  # a lead of 4 s, and half of it for the actor
     assert stage.calls("scontrol") == ["requeue 78_3"]
+
+
+def test_actors_share_a_job_and_its_gpus(stage: Stage) -> None:
+    stage.stand_in("squeue", "[ -e left ] || echo 77")
+    stage.stand_in(
+        "program",
+        'echo "$CUDA_VISIBLE_DEVICES $*" >>at-work; [ $(wc -l <at-work) -lt 2 ] || touch left; ' + BROKER,
+    )
+    gpu = ('launch.device="gpu"', "actor.tensor_parallel=2")
+    done = stage.play("actors.sbatch", *gpu, actors=8, actors_per_job=2, gpus_per_node=8)
+    assert done.returncode == 0, done.stderr
+    lines = sorted((stage.folder / "at-work").read_text().splitlines())
+    assert lines == [
+        f"4,5 actor --run {stage.run_folder} --name actor-6",
+        f"6,7 actor --run {stage.run_folder} --name actor-7",
+    ]
+
+
+def test_an_actor_that_dies_is_started_again_and_its_neighbour_works_on(stage: Stage) -> None:
+    stage.stand_in("squeue", "[ -e left ] || echo 77")
+    first = 'case "$*" in *actor-6) [ -e died ] && touch left || { touch died; kill -KILL $$; } ;; esac; '
+    stage.stand_in("program", first + BROKER)
+    done = stage.play("actors.sbatch", actors=8, actors_per_job=2)
+    assert done.returncode == 0, done.stderr
+    names = sorted(call.split()[-1] for call in stage.calls("program"))
+    assert names == ["actor-6", "actor-6", "actor-7"]
+    assert "the actor ended with exit code 137: starting it again" in done.stdout
+
+
+def test_a_mistake_of_the_caller_is_the_jobs_exit_code(stage: Stage) -> None:
+    stage.stand_in("squeue", "echo 77")
+    stage.stand_in("program", "exit 2")
+    assert stage.play("actors.sbatch").returncode == 2
+    assert len(stage.calls("program")) == 1

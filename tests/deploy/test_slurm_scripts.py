@@ -18,9 +18,9 @@ from common.recipe import load_recipe, resolved_toml
 from deploy.slurm import queue
 from deploy.slurm.plan import Options, cluster_overrides, make_plan, seconds_of
 from deploy.slurm.queue import Task, array_ranges, call, default_limit, require_slurm
-from deploy.slurm.scale import plan_change
+from deploy.slurm.scale import plan_change, scale_array
 from deploy.slurm.scripts import render
-from deploy.slurm.state import locked
+from deploy.slurm.state import State, locked, write_state
 from deploy.slurm.submit import resolve, submit_recipe
 from tests.slurm.recipes import write_recipe
 
@@ -126,6 +126,26 @@ def test_a_worker_that_has_lived_for_minutes_has_its_restarts_back(recipe_file, 
     assert done.stdout.strip() == verdict
 
 
+def test_actors_of_whole_nodes(recipe_file):
+    gpu = ('launch.device="gpu"', "actor.tensor_parallel=2")
+    whole = {"gpus_per_node": 8, "actors": 12, "actors_per_job": 4}
+    actors = scripts_of(recipe_file, *gpu, **whole)["actors.sbatch"]
+    assert {"--array=0-2", "--gpus-per-node=8", "--cpus-per-task=64"} <= set(directives(actors))
+    with pytest.raises(UserError, match="--actors: 10 actors do not fill jobs of 4"):
+        scripts_of(recipe_file, actors=10, actors_per_job=4)
+
+
+def test_scaling_counts_in_whole_jobs(tmp_path, slurm, monkeypatch):
+    (tmp_path / "slurm").mkdir()
+    write_state(tmp_path, State("demo", 7, options={"actors_per_job": 4}))
+    running = [Task(7, None, "RUNNING")]
+    monkeypatch.setattr(queue, "queued", lambda name: running if name == "slipstream-demo" else [])
+    assert "jobs of 4 actors: 0 running" in scale_array(tmp_path, 8)
+    assert slurm == [("actors.sbatch", "--dependency=after:7", "--array=0-1")]
+    with pytest.raises(UserError, match="--actors: 6 actors do not fill jobs of 4"):
+        scale_array(tmp_path, 6)
+
+
 def test_each_kind_of_job_has_its_own_options(recipe_file):
     scripts = scripts_of(
         recipe_file,
@@ -164,6 +184,10 @@ def test_a_lead_that_cannot_be_is_refused(recipe_file):
         scripts_of(recipe_file, time="10:00", lead=600)
     with pytest.raises(UserError, match="--sbatch: the scripts need their own --signal: use --lead"):
         scripts_of(recipe_file, extra=("--signal=B:USR1@900",))
+    for line in ("--time=1-00", "--time 60", "-t60"):
+        with pytest.raises(UserError, match="--head-sbatch: .* goes by --time and --actor-time"):
+            scripts_of(recipe_file, head_extra=(line,))
+    scripts_of(recipe_file, extra=("--time-min=60",))
 
 
 @pytest.mark.parametrize(
