@@ -133,9 +133,7 @@ def submit_recipe(
         UserError: anything that would keep a job from starting; nothing is then written or queued.
     """
     from broker.main import is_loopback
-    from common.model_files import require_weights
     from deploy.folder import holds_a_run, prepare
-    from deploy.preflight import check_addresses, check_template, preflight
     from deploy.slurm.plan import make_plan
     from deploy.slurm.queue import default_limit, require_slurm
     from deploy.slurm.scripts import render
@@ -146,12 +144,8 @@ def submit_recipe(
     plan = make_plan(recipe, options, program=program, limit=limit)
     finds_addresses = is_loopback(recipe.broker.bind)
     scripts = render(plan, set_addresses=finds_addresses)
-    if dry_run:  # may be far from the cluster, its model and its data
-        check_template(recipe)
-        check_addresses(recipe)
-    else:
-        preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
-        require_weights(recipe.model.path)
+    _check_recipe(recipe, dry_run=dry_run)
+    if not dry_run:
         _check_with_slurm(plan, scripts)
     existed = holds_a_run(recipe.folder)
     rehearsed = existed and _never_sent(recipe.folder)
@@ -166,6 +160,18 @@ def submit_recipe(
             shutil.rmtree(folder)  # ours, seconds old, and holding nothing but what we wrote
         raise
     _report(plan, recipe.broker.keys, dry_run=dry_run)
+
+
+def _check_recipe(recipe: Recipe, *, dry_run: bool) -> None:
+    from common.model_files import require_weights
+    from deploy.preflight import check_addresses, check_template, preflight
+
+    if dry_run:  # may be far from the cluster, its model and its data
+        check_template(recipe)
+        check_addresses(recipe)
+    else:
+        preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
+        require_weights(recipe.model.path)
 
 
 def _never_sent(folder: Path) -> bool:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import model_files
 from common.errors import UserError
 from common.recipe import load_recipe, resolved_toml
 from deploy.slurm import queue
@@ -315,6 +317,16 @@ def test_a_login_nodes_memory_does_not_count(recipe_file, slurm, capsys):
     submit_recipe(recipe, options)
     assert f"slipstream actor --join HOST:PORT --keys {recipe.broker.keys}" in capsys.readouterr().out
     assert slurm == [("head.sbatch",), ("actors.sbatch", "--dependency=after:41")]
+
+
+def test_weights_that_nodes_would_have_to_fetch_are_asked_for_first(recipe_file, slurm, monkeypatch):
+    monkeypatch.setattr(model_files, "model_folder", lambda _: Path("model"))  # its small files are here
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "no-cache")
+    options = Options(learner_nodes=1, actors=2)
+    with pytest.raises(UserError, match="model.path: the weights of .* `hf download lab/model`"):
+        submit_recipe(resolved(recipe_file, options, "model.path='lab/model'"), options)
+    assert not slurm
+    assert not Path("runs").exists()
 
 
 def test_without_slurm_nothing_is_written(recipe_file, monkeypatch):
