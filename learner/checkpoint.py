@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,8 +212,9 @@ class Checkpoints:
             path, state = engine.deepspeed.load_checkpoint(str(self.folder), tag=_folder_name(step))
         except Exception:
             saved = Saved(step, self.folder / _folder_name(step))
-            if self._ranks.leads and (damage := damage_of(saved.folder)) is not None:
-                self._set_aside(saved, "damaged", damage)
+            if (damage := damage_of(saved.folder)) is not None:  # on any rank: each reads its own shard
+                with suppress(FileNotFoundError):  # another rank was first
+                    self._set_aside(saved, "damaged", damage)
             raise
         if path is None:
             raise RunFailedError(f"the learner cannot load {self.folder / _folder_name(step)}")
