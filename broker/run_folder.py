@@ -19,6 +19,8 @@ from common.errors import UserError
 ADDRESS_FILE = "broker.json"
 LOCK_FILE = "broker.lock"
 JOURNAL_FOLDER = "journal"
+HELD = (errno.EWOULDBLOCK, errno.EACCES)  # how `flock` says that another process has the lock
+PROBE_S = 0.5  # for so long a claim waits for somebody who only asks whether the folder is served
 
 
 class Claim:
@@ -37,11 +39,11 @@ class Claim:
         except OSError as error:
             raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(self._lock)
         except OSError as error:
             os.close(self._lock)
             raise _not_locked(folder, error) from None
-        if not resume and _was_served(folder):
+        if not resume and was_served(folder):
             os.close(self._lock)
             raise UserError(
                 f"'{folder}' already holds a run: continue it with --resume or choose another name.",
@@ -64,9 +66,36 @@ class Claim:
         os.close(self._lock)
 
 
+def _take(lock: int) -> None:
+    deadline = time.monotonic() + PROBE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in HELD or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def is_served(folder: Path) -> bool:
+    """Whether a broker holds the folder now; touches nothing."""
+    try:
+        lock = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in HELD  # else the file system has no locks, which its broker will say
+    finally:
+        os.close(lock)
+    return False
+
+
 def _not_locked(folder: Path, error: OSError) -> UserError:
     """What a refused lock means: somebody holds it, or the file system has none (Lustre without `-o flock`)."""
-    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+    if error.errno in HELD:
         return UserError(f"another broker is serving '{folder}'.", setting="run.name")
     return UserError(f"the file system of '{folder}' {no_flock(error)}", setting="run.root")
 
@@ -76,5 +105,6 @@ def no_flock(error: OSError) -> str:
     return f"does not lock files (flock: {error.strerror}): mount it with flock, or choose another folder."
 
 
-def _was_served(folder: Path) -> bool:
+def was_served(folder: Path) -> bool:
+    """Whether a broker has written to the folder before."""
     return (folder / "metrics.jsonl").exists() or (folder / JOURNAL_FOLDER).exists()

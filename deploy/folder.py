@@ -1,16 +1,18 @@
 """The run folder: one run, one folder, never two.
 
-Invariant: a folder that holds a run is never written by another; it is continued on purpose (--resume) or set
-aside whole (--fresh), never mixed and never deleted.
+Invariant: a folder that holds a run is never written by another, and not at all while a broker serves it; it is
+continued on purpose (--resume) or set aside whole (--fresh), never mixed and never deleted.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from broker.run_folder import is_served
 from common.errors import UserError
 from common.recipe import Recipe, load_recipe, resolved_toml
 
@@ -27,11 +29,17 @@ def prepare(recipe: Recipe, *, resume: bool, fresh: bool) -> Path:
     """Make the run folder and keep the resolved recipe in it.
 
     Raises:
-        UserError: the folder holds a run and neither --resume nor --fresh was given; or the reverse.
+        UserError: the folder holds a run and neither --resume nor --fresh was given, or the reverse; or a broker
+            serves it; or the recipe changes what may not change within a run. Nothing is then written.
     """
     folder = recipe.folder
     if resume and fresh:
         raise UserError("--resume continues a run and --fresh begins another: give one of them.")
+    if is_served(folder):
+        raise UserError(
+            f"'{folder}' is being served; stop it first (slipstream stop {folder}), or choose another name.",
+            setting="run.name",
+        )
     if resume and not holds_a_run(folder):
         raise UserError(f"--resume finds no run in '{folder}'.", setting="run.name")
     if holds_a_run(folder) and not resume:
@@ -42,12 +50,34 @@ def prepare(recipe: Recipe, *, resume: bool, fresh: bool) -> Path:
                 setting="run.name",
             )
         _set_aside(folder)
+    text = resolved_toml(recipe)
+    if resume and text != (folder / RECIPE_FILE).read_text(encoding="utf-8"):
+        check_same_run(recipe, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(resolved_toml(recipe), encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
     return folder
+
+
+def check_same_run(recipe: Recipe, folder: Path) -> None:
+    """Refuse before anything is written what the broker would refuse: another seed, batch or question set.
+
+    Raises:
+        UserError: names the setting.
+    """
+    from broker.index import Index
+    from broker.main import identity
+    from broker.run_folder import JOURNAL_FOLDER
+    from broker.state import load_training_set
+
+    path = folder / JOURNAL_FOLDER / "ledger.sqlite"
+    if not path.is_file():
+        return
+    with closing(Index(path, read_only=True)) as index:
+        if index.meta("identity") is not None:  # else it holds nothing yet
+            index.identify(identity(recipe, load_training_set(recipe)))
 
 
 def _set_aside(folder: Path) -> None:

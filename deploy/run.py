@@ -42,9 +42,10 @@ def run(
     Ctrl-C stops it in order: the learner finishes its step and writes a checkpoint, from which `--resume` goes on. A
     second Ctrl-C ends everything at once.
     """
+    from common.errors import EXIT_USER_ERROR
     from common.keys import check_client, check_server
     from common.recipe import load_recipe
-    from deploy.folder import prepare
+    from deploy.folder import RECIPE_FILE, prepare
     from deploy.preflight import preflight
 
     loaded = load_recipe(recipe, overrides or ())
@@ -54,8 +55,20 @@ def run(
         check_client(loaded.broker.keys)
     if resume:
         _say_what_changes(loaded)
+    before = _recipe_text(loaded.folder) if resume else None
     folder = prepare(loaded, resume=resume, fresh=fresh)
-    raise typer.Exit(run_here(loaded, folder, resume=resume, quiet=quiet))
+    code = run_here(loaded, folder, resume=resume, quiet=quiet)
+    if code == EXIT_USER_ERROR and before is not None:
+        # A worker refused what changed: the folder's own recipe is what the run goes on with.
+        (folder / RECIPE_FILE).write_text(before, encoding="utf-8")
+    raise typer.Exit(code)
+
+
+def _recipe_text(folder: Path) -> str | None:
+    from deploy.folder import RECIPE_FILE
+
+    path = folder / RECIPE_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _say_what_changes(recipe: Recipe) -> None:

@@ -1,14 +1,17 @@
-"""`slipstream run RECIPE --resume` reads the recipe again; what that changes is said."""
+"""`slipstream run RECIPE --resume` reads the recipe again: what that changes is said, or refused with nothing touched."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import typer
 
+from common.errors import UserError
 from common.recipe import load_recipe
-from deploy import run
-from deploy.folder import RECIPE_FILE, prepare
+from deploy import preflight, run
+from deploy.folder import ADDRESS_FILE, RECIPE_FILE, prepare, read_recipe
+from tests.scripted.broker import running_broker, scripted_recipe
 
 
 def test_settings_of_an_earlier_start_that_are_not_given_again_are_named(
@@ -35,3 +38,53 @@ def test_a_recipe_of_another_release_is_no_obstacle(
     (folder / RECIPE_FILE).write_text("[launch]\nno_such_setting = 1\n")
     run._say_what_changes(recipe)
     assert "cannot be compared: " in capsys.readouterr().out
+
+
+# --- a run that is served, and one that would be refused -----------------------------------------------------
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """What stands in the files of a run folder that a second start could spoil."""
+    return {name: (folder / name).read_bytes() for name in (RECIPE_FILE, ADDRESS_FILE)}
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"fresh": True}, {}])
+def test_a_run_that_is_served_is_left_alone(tmp_path: Path, how: dict[str, bool]) -> None:
+    recipe = scripted_recipe(tmp_path)
+    prepare(recipe, resume=False, fresh=False)
+    changed = scripted_recipe(tmp_path, learner={"lr": 0.5})
+    with running_broker(recipe):
+        before = kept(recipe.folder)
+        with pytest.raises(UserError, match=r"^run\.name: '.*' is being served; stop it first"):
+            prepare(changed, **{"resume": False, "fresh": False, **how})
+        assert kept(recipe.folder) == before
+    assert not recipe.folder.with_name("test.1").exists()
+    prepare(changed, resume=True, fresh=False)
+    assert read_recipe(recipe.folder).learner.lr == 0.5
+
+
+def test_what_may_not_change_within_a_run_is_refused_before_the_recipe_is_written(tmp_path: Path) -> None:
+    durable = {"broker": {"durability": "journal"}}
+    recipe = scripted_recipe(tmp_path, **durable)
+    prepare(recipe, resume=False, fresh=False)
+    with running_broker(recipe):
+        pass
+    before = (recipe.folder / RECIPE_FILE).read_text()
+    changed = scripted_recipe(tmp_path, **durable, rollout={"group_size": 8})
+    with pytest.raises(UserError, match=r"^rollout\.group_size: it was 4 "):
+        prepare(changed, resume=True, fresh=False)
+    assert (recipe.folder / RECIPE_FILE).read_text() == before
+
+
+@pytest.mark.parametrize(("code", "lr"), [(2, 1e-6), (1, 0.5), (0, 0.5)])
+def test_a_recipe_that_a_worker_refuses_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, lr: float
+) -> None:
+    """The learner's checkpoint knows more of what may not change."""
+    root = f"run.root='{tmp_path}'"
+    folder = prepare(load_recipe("demo", [root, "learner.lr=1e-6"]), resume=False, fresh=False)
+    monkeypatch.setattr(run, "run_here", lambda *_, **__: code)
+    monkeypatch.setattr(preflight, "preflight", lambda _: None)
+    with pytest.raises(typer.Exit) as ended:
+        run.run("demo", [root, "learner.lr=0.5"], resume=True)
+    assert (ended.value.exit_code, read_recipe(folder).learner.lr) == (code, lr)
