@@ -6,7 +6,6 @@ order of precedence is override > file > the file it extends > defaults of the s
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
+from common.recipe.explain import explain
 from common.recipe.schema import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,16 +49,13 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe.model_copy(update={"run": run})
 
 
-def load_toml_model(
-    model: type[Model], path: Path, overrides: Iterable[str] = (), *, ignore: Iterable[str] = ()
-) -> Model:
+def load_toml_model(model: type[Model], path: Path, overrides: Iterable[str] = ()) -> Model:
     """Read TOML with `extends`, apply overrides, validate against a strict pydantic model.
 
     Args:
         model: the schema; it should forbid extra keys.
         path: TOML file; its `extends` (a path relative to it, or a shipped recipe's name) is merged below it.
         overrides: "a.b=value" strings; the value is read as TOML, or as a bare string if it is not TOML.
-        ignore: top-level tables that belong to another schema and are left out.
 
     Raises:
         UserError: unreadable file, bad TOML, circular `extends`, unknown key, wrong type, contradiction.
@@ -66,12 +63,10 @@ def load_toml_model(
     tree = _read_with_parents(path, seen=())
     for text in overrides:
         _apply_override(tree, text)
-    for name in ignore:
-        tree.pop(name, None)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, model) from None
+        raise explain(error, model) from None
 
 
 def resolved_toml(recipe: BaseModel) -> str:
@@ -150,33 +145,3 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(table, dict):
             raise UserError(f"'{name}' goes through '{key}', which is not a table.", setting="--set")
     table[keys[-1]] = value
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> UserError:
-    """The first defect as a sentence: the dotted key, what is wrong, what would be valid."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    setting = ".".join(location) or None
-    if first["type"] == "extra_forbidden":
-        valid = _valid_keys(model, location[:-1])
-        close = difflib.get_close_matches(location[-1], valid, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        return UserError(f"unknown key; {hint}valid here: {', '.join(valid)}.", setting=setting)
-    message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    given = first.get("input")
-    if first["type"] not in {"value_error", "missing"} and not isinstance(given, dict):
-        message += f" (given: {given!r})"
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return UserError(f"{message}{more}.", setting=setting)
-
-
-def _valid_keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    fields: Any = model
-    for part in location:
-        annotation = fields.model_fields[part].annotation if part in fields.model_fields else None
-        arguments = [annotation, *getattr(annotation, "__args__", ())]
-        inner = next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if inner is None:
-            return []
-        fields = inner
-    return list(fields.model_fields)

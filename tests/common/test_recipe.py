@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -80,6 +81,24 @@ def test_extends_itself_is_refused(tmp_path: Path) -> None:
         ("algorithm.preset='drgrpo'", ["algorithm.preset", "dr_grpo"]),
         ("batch.zero_variance='refill' algorithm.preset='ppo'", ["ppo", "batch.zero_variance"]),
         ("batch.zero_variance='refill' algorithm.advantage='none'", ["'none'", "batch.zero_variance"]),
+        ("learner.lrr=1 nothing.x=1", ["learner.lrr: unknown key", "also unknown: nothing."]),
+        (
+            "run.steps=0 learner.lr=-1",
+            ["run.steps: must be greater than 0 (given: 0); also wrong: learner.lr."],
+        ),
+        ("eval.sets=a", ['eval.sets: must be a list such as ["a", "b"] (given: \'a\')']),
+        ("data.levels=3", ["data.levels: must be a list such as [1, 2]"]),
+        ("learner.betas=[0.9]", ["learner.betas: must be a list such as [0.9, 0.95] (given: [0.9])"]),
+        ("learner.betas=['x',0.9]", ["learner.betas: entry 1 must be a number"]),
+        ("learner=3", ["learner: is a table, not a value; set one of its keys: ranks, "]),
+        (
+            "lora.target_modules=3",
+            ['lora.target_modules: must be a list such as ["a", "b"] or \'all-linear\''],
+        ),
+        ("run.steps=1.5", ["run.steps: must be a whole number (given: 1.5)"]),
+        ("model.trust_remote_code=5", ["model.trust_remote_code: must be true or false"]),
+        ("run.root=3", ["run.root: must be a path"]),
+        ("run.name=a_b,c", ["run.name: must be at most 100 letters, digits"]),
         ("learner.lr", ["--set", "section.key=value"]),
         ("learner.lr.x=1", ["--set"]),
     ],
@@ -91,6 +110,23 @@ def test_one_sentence_names_the_setting(minimal: Path, override: str, words: lis
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search(r"Input|Field|valid (tuple|dict|string)|instance|pattern", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[modle]\npath = "m"\n[data]\ntrain = "d"\n', "modle: unknown key; did you mean 'model'?"),
+        ('[model]\n[data]\ntrain = "d"\n', "model.path: is missing: Hugging Face folder"),
+        ('[model]\npath = "m"\n', "data: the table is missing; it needs train"),
+    ],
+)
+def test_a_missing_setting_or_the_typo_that_hides_it(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "tiny.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(file)
+    assert str(caught.value).startswith(words)
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
