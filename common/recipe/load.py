@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
 from common.recipe.explain import explain
-from common.recipe.schema import Recipe
+from common.recipe.schema import Recipe, RunSection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = REPOSITORY / "recipes"
@@ -44,8 +44,14 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Load and validate a training recipe; `overrides` are "section.key=value" strings (TOML values)."""
     path = find_recipe(name)
     recipe = load_toml_model(Recipe, path, overrides)
-    run = recipe.run
-    run = run.model_copy(update={"name": run.name or path.stem, "recipe": run.recipe or path.stem})
+    filled_in = {"name": path.stem, "recipe": path.stem} | recipe.run.model_dump(exclude_none=True)
+    try:
+        run = RunSection.model_validate(filled_in)
+    except ValidationError:
+        raise UserError(
+            f"the file's name '{path.stem}' cannot be the run's (letters, digits, '.', '_', '-'): give another.",
+            setting="run.name",
+        ) from None
     return recipe.model_copy(update={"run": run})
 
 

@@ -30,7 +30,7 @@ class RunSection(Section):
 
     name: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9._-]+$",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$",
         description="Folder of the run below `root`; default: the recipe's file name.",
     )
     recipe: str | None = Field(

@@ -40,6 +40,15 @@ def test_name_defaults_to_the_file(minimal: Path) -> None:
     assert load_recipe(minimal, ["run.name=other"]).folder == Path("runs/other")
 
 
+def test_a_file_whose_name_cannot_be_a_folders(tmp_path: Path) -> None:
+    """It would be written to the run folder's recipe, which could then not be read again."""
+    file = tmp_path / "my recipe.toml"
+    file.write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"^run\.name: the file's name 'my recipe'"):
+        load_recipe(file)
+    assert load_recipe(file, ["run.name=mine"]).run.recipe == "my recipe"
+
+
 def test_resolved_recipe_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
     recipe = load_recipe(minimal, ['data.template="a {question}\\n\\"b\\""', "eval.sets=['x', 'y']"])
     again = tmp_path / "again.toml"
@@ -77,6 +86,10 @@ def test_extends_itself_is_refused(tmp_path: Path) -> None:
         ("learner.lr=-1", ["learner.lr", "greater than 0"]),
         ("learner.zero_stage=4", ["learner.zero_stage"]),
         ("run.name='a/b'", ["run.name"]),
+        ("run.name=.", ["run.name"]),
+        ("run.name='..'", ["run.name"]),
+        ("run.name=.hidden", ["run.name"]),
+        ("run.name=" + 101 * "a", ["run.name"]),
         ("broker.dead_after_s=1", ["broker.dead_after_s", "heartbeat_s"]),
         ("algorithm.preset='drgrpo'", ["algorithm.preset", "dr_grpo"]),
         ("batch.zero_variance='refill' algorithm.preset='ppo'", ["ppo", "batch.zero_variance"]),
