@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from broker.run_folder import is_served
 from common.errors import UserError
 from common.recipe import Recipe, load_recipe, resolved_toml
+from common.tracking.shipper import SpoolEnd
+from common.tracking.spool import SPOOL, Record
 
 ADDRESS_FILE = "broker.json"
 RECIPE_FILE = "recipe.toml"
@@ -102,6 +105,35 @@ def find_folder(name: str) -> Path:
 def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run folder."""
     return load_recipe(folder / RECIPE_FILE)
+
+
+def last_end(folder: Path) -> Record | None:
+    """The run's `end` record (values `status`, `reason`, `final`: the broker's last status), if nothing follows it."""
+    return SpoolEnd(folder / SPOOL).end()
+
+
+def questions_ran_out(final: Mapping[str, Any]) -> bool:
+    """Whether a finished run of this last status ended before `run.steps`, for want of questions."""
+    return final["step"] < final["steps_total"]
+
+
+def check_unfinished(recipe: Recipe) -> None:
+    """Refuse to continue a finished run that has nothing left to do.
+
+    Raises:
+        UserError: names the setting that would give it something.
+    """
+    end = last_end(recipe.folder)
+    if end is None or end.values.get("status") != "finished":
+        return
+    final = end.values["final"]
+    done = f"'{recipe.folder}' finished at step {final['step']} of {final['steps_total']}"
+    if recipe.run.steps <= final["step"]:
+        raise UserError(f"{done}; raise run.steps to go on.", setting="run.steps")
+    if questions_ran_out(final) and recipe.data.max_epochs <= read_recipe(recipe.folder).data.max_epochs:
+        raise UserError(
+            f"{done}, when its questions ran out; raise data.max_epochs to go on.", setting="data.max_epochs"
+        )
 
 
 def read_address(folder: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 ORDERLY_S = 6.0  # for the others, once the learner has written its checkpoint and left
 TERM_S = 1.5  # then SIGTERM, then SIGKILL
-END_S = 120.0  # after the last step: points are delivered, the figure is drawn
+END_S = 20.0  # for the others to leave by themselves, once the broker has: it left last
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     from common.errors import EXIT_USER_ERROR
     from common.keys import check_client, check_server
     from common.recipe import load_recipe
-    from deploy.folder import RECIPE_FILE, prepare
+    from deploy.folder import RECIPE_FILE, check_unfinished, prepare
     from deploy.preflight import preflight
 
     loaded = load_recipe(recipe, overrides or ())
@@ -54,6 +54,7 @@ def run(
         check_server(loaded.broker.keys)
         check_client(loaded.broker.keys)
     if resume:
+        check_unfinished(loaded)
         _say_what_changes(loaded)
     before = _recipe_text(loaded.folder) if resume else None
     folder = prepare(loaded, resume=resume, fresh=fresh)
@@ -114,7 +115,8 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
                 time.sleep(POLL_S)
             if interrupts.count:
                 return _stop(supervisor, display, interrupts, recipe.broker.dead_after_s)
-        supervisor.wait(END_S if supervisor.failure is None else 0.0)
+        if supervisor.failure is None:
+            _let_leave(supervisor, interrupts)
     finally:
         supervisor.end(term_s=TERM_S)
     return _conclude(supervisor, display, folder)
@@ -187,6 +189,13 @@ class _Interrupts:
 
     def _note(self, _signal: int, _frame: object) -> None:
         self.count += 1
+
+
+def _let_leave(supervisor: Supervisor, interrupts: _Interrupts) -> None:
+    """The run is over: wait for those that heard it. Who never joined did not, and is ended; so is all by Ctrl-C."""
+    deadline = time.monotonic() + END_S
+    while not interrupts.count and time.monotonic() < deadline and not supervisor.wait(POLL_S):
+        pass
 
 
 def _stop(supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: float) -> int:

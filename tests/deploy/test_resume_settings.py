@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import typer
 
 from common.errors import UserError
 from common.recipe import load_recipe
+from common.tracking.spool import SPOOL, Spool
 from deploy import preflight, run
-from deploy.folder import ADDRESS_FILE, RECIPE_FILE, prepare, read_recipe
+from deploy.folder import ADDRESS_FILE, RECIPE_FILE, check_unfinished, prepare, read_recipe
 from tests.scripted.broker import running_broker, scripted_recipe
 
 
@@ -88,3 +90,27 @@ def test_a_recipe_that_a_worker_refuses_is_not_kept(
     with pytest.raises(typer.Exit) as ended:
         run.run("demo", [root, "learner.lr=0.5"], resume=True)
     assert (ended.value.exit_code, read_recipe(folder).learner.lr) == (code, lr)
+
+
+@pytest.mark.parametrize(
+    ("done", "now", "said"),
+    [
+        ((5, 5), {}, r"^run\.steps: '.*' finished at step 5 of 5; raise run\.steps to go on"),
+        ((7, 7), {"run": {"steps": 5}}, r"^run\.steps: '.*' finished at step 7 of 7"),
+        ((3, 5), {}, r"^data\.max_epochs: '.*' finished at step 3 of 5, when its questions ran out"),
+        ((5, 5), {"run": {"steps": 6}}, None),
+        ((3, 5), {"data": {"max_epochs": 2}}, None),
+    ],
+)
+def test_a_finished_run_goes_on_only_where_there_is_something_to_do(
+    tmp_path: Path, done: tuple[int, int], now: dict[str, dict[str, int]], said: str | None
+) -> None:
+    folder = prepare(scripted_recipe(tmp_path), resume=False, fresh=False)
+    final = {"step": done[0], "steps_total": done[1]}
+    spool = Spool(folder / SPOOL)
+    spool.append("end", done[0], {"status": "finished", "reason": "finished", "final": final})
+    recipe = scripted_recipe(tmp_path, **now)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        check_unfinished(recipe)
+    spool.append("event", done[0], {"text": "it went on", "warning": False})
+    check_unfinished(recipe)

@@ -151,3 +151,15 @@ def test_a_second_ctrl_c_or_a_broker_that_is_gone_ends_it_without(
     display = FakeDisplay(tmp_path, [answer])
     assert run._stop(supervisor, display, SimpleNamespace(count=presses), 30.0) == 130
     assert gone(supervisor)
+
+
+@pytest.mark.parametrize("presses", [0, 1])
+def test_after_the_end_of_a_run_nobody_is_waited_for_without_end(
+    started: Callable, monkeypatch: pytest.MonkeyPatch, presses: int
+) -> None:
+    """A worker that never joined does not know that the run is over; Ctrl-C need not wait for END_S."""
+    monkeypatch.setattr(run, "END_S", 0.3 if presses == 0 else 1000.0)
+    supervisor = started({"actor-0": STUCK, "learner": "pass"})
+    run._let_leave(supervisor, SimpleNamespace(count=presses))
+    supervisor.end(term_s=0.1)
+    assert gone(supervisor)
