@@ -35,6 +35,8 @@ from common.wire import AsyncClient, BrokerUnreachable, RefusedError
 
 log = logging.getLogger("slipstream.actor")
 
+PARTS_END_S = 2.0
+
 
 class Actor:
     """All that runs beside the engine.
@@ -105,8 +107,10 @@ class Actor:
         try:
             return await self._unless_failed(tasks, self._leaving.ordered(self._drain))
         finally:
-            for task in [*tasks, *([self._evaluation] if self._evaluation else [])]:
+            parts = [*tasks, *([self._evaluation] if self._evaluation else [])]
+            for task in parts:
                 task.cancel()
+            await asyncio.wait(parts, timeout=PARTS_END_S)  # links are closed while the engine still answers
             self._grader.close()
             if self._leaving.way == "stop":
                 self._engine.shutdown(0.0)

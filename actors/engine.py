@@ -12,7 +12,9 @@ import asyncio
 import itertools
 import logging
 import os
+import signal
 import threading
+import warnings
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,6 +37,11 @@ CPU_BLOCK_TOKENS = 32  # vLLM takes 128 on the CPU: longer than many prompts, wh
 # labelled by counting those that have arrived.
 KEEPING_SCHEDULER = "actors.scheduler.KeepingScheduler"
 LIVENESS_S = 0.5
+DEATH_S = 0.5  # for the exit code of a process whose connection has just closed
+DEATHS = {
+    "SIGILL": ': an instruction that this processor lacks; model.dtype = "float32" may avoid it',
+    "SIGKILL": ": often the kernel's, for want of memory",
+}
 
 
 class EngineLostError(SlipstreamError):
@@ -116,6 +123,7 @@ class Engine:
         """
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        _silence_imports()
         from vllm import AsyncEngineArgs
 
         from actors.executors import ACTOR_PID_VARIABLE, OwnedLLM
@@ -212,7 +220,7 @@ class Engine:
             ):
                 final = output
         except EngineDeadError:
-            raise EngineLostError("the vLLM engine process died") from None
+            raise self._lost() from None
         assert final is not None
         return final
 
@@ -233,7 +241,13 @@ class Engine:
         """Returns never; raises `EngineLostError` once the engine process is gone."""
         while not self.llm.errored:  # noqa: ASYNC110 - vLLM offers nothing to await
             await asyncio.sleep(LIVENESS_S)
-        raise EngineLostError("the vLLM engine process died")
+        raise self._lost()
+
+    def _lost(self) -> EngineLostError:
+        for process in self._processes:
+            process.join(DEATH_S)
+        codes = [process.exitcode for process in self._processes if process.exitcode]
+        return EngineLostError(f"the vLLM engine process died{how_it_died(codes[0]) if codes else ''}")
 
     def shutdown(self, grace_s: float = 1.0) -> None:
         """End the engine process and its workers: by SIGTERM, and by SIGKILL what is left after `grace_s`."""
@@ -241,6 +255,20 @@ class Engine:
             self.llm.shutdown(timeout=grace_s)
         for process in self._processes:
             process.kill()
+
+
+def _silence_imports() -> None:
+    """vLLM's import reports what a CPU machine lacks anyway, before its own log level holds."""
+    logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
+
+
+def how_it_died(code: int) -> str:
+    """What an exit code of a process says of its end, in brackets."""
+    if code > 0:
+        return f" (exit code {code})"
+    name = signal.Signals(-code).name
+    return f" ({name}{DEATHS.get(name, '')})"
 
 
 def for_this_device(arguments: dict[str, Any]) -> dict[str, Any]:

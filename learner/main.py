@@ -352,6 +352,7 @@ class Learner:
             told = self._link is not None and self._link.flush(DELIVER_S)
             saved = self._checkpoints.save(self._engine, self._step, self._export)
             if saved is not None and self._link is not None:
+                log.info("checkpoint of step %d: %s", saved.step, saved.folder)
                 self._link.post(Pin(step=saved.step, path=str(saved.folder)))
                 self._link.ask_accuracy()
                 if told:

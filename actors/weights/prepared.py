@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("slipstream.actor.weights")
 
 _TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 

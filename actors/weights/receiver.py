@@ -31,7 +31,7 @@ from common.weights.probe import Probe
 from common.weights.protocol import LinkSpec, Offer, new_link_name
 from common.weights.store import Address
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("slipstream.actor.weights")
 T = TypeVar("T")
 
 RETRY_S = (0.2, 5.0)  # first and longest pause before a new link
@@ -180,6 +180,7 @@ class WeightReceiver:
         name = new_link_name(self._actor_id, self._generation)
         self._generation += 1
         spec = LinkSpec(str(address), self._run_id, name, self._workers, self._deadline_s)
+        before = self._meters["pushes"]
         client: LinkClient | None = None
         leaving = False
         try:
@@ -191,7 +192,9 @@ class WeightReceiver:
             leaving = True
         except LinkError as error:
             self._failures[error.cause] += 1
-            LOGGER.warning("weights: link of %s failed (%s): %s", self._actor_id, error.cause, error)
+            # The end of a link that has worked is news only if the next one fails, too: the learner may have left.
+            level = logging.INFO if self._meters["pushes"] > before else logging.WARNING
+            LOGGER.log(level, "weights: link of %s failed (%s): %s", self._actor_id, error.cause, error)
             if client is not None:
                 await self._in_thread(client.tell_failed, error)
         except asyncio.CancelledError:
@@ -200,7 +203,7 @@ class WeightReceiver:
         finally:
             if client is not None:
                 await asyncio.shield(self._in_thread(client.close, goodbye=leaving))
-            with suppress(LinkError):
+            with suppress(LinkError, EngineDamagedError):  # who watches the engine says that it is dead
                 await asyncio.shield(self._rpc("disconnect"))
 
     async def _follow(self, client: LinkClient, address: Address) -> None:

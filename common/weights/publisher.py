@@ -38,7 +38,7 @@ from common.weights.snapshot import Snapshot
 from common.weights.store import ROUTES, Address, new_token, serve_store
 from common.weights.transport import GroupSource, Source
 
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("slipstream.learner.weights")
 
 BUSY_POLL_S, IDLE_POLL_S = 0.004, 0.02
 RETRY_S = 1.0

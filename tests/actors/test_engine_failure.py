@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from actors.engine import how_it_died
 from actors.failure import VARIABLE, EngineErrors, keep_errors
 
 HEARSAY = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
@@ -70,3 +72,16 @@ def test_what_is_logged_when_nobody_asks_goes_nowhere() -> None:
     say("vllm.v1.engine.core", ValueError("x"))
     with EngineErrors() as errors:
         assert errors.reason(RuntimeError("own words")) == "own words"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-int(signal.SIGILL), '(SIGILL: an instruction that this processor lacks; model.dtype = "float32"'),
+        (-int(signal.SIGKILL), "(SIGKILL: often the kernel's, for want of memory)"),
+        (-int(signal.SIGSEGV), "(SIGSEGV)"),
+        (3, "(exit code 3)"),
+    ],
+)
+def test_the_end_of_an_engine_says_how(code: int, words: str) -> None:
+    assert words in how_it_died(code)
