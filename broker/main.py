@@ -23,7 +23,7 @@ import zmq
 from broker.journal import Journal
 from broker.metrics_page import MetricsPage
 from broker.recording import open_recording
-from broker.run_folder import JOURNAL_FOLDER, Claim
+from broker.run_folder import JOURNAL_FOLDER, Claim, was_served
 from broker.server import Server, open_socket
 from broker.service import Service
 from broker.state import RunState, load_held_out, load_training_set, rules_of
@@ -53,7 +53,7 @@ def serve(
     Args:
         recipe: resolved, with `run.name` set.
         run_folder: the run's folder; made if absent.
-        resume: continue the run in that folder.
+        resume: continue the run in that folder, if a broker has served it before.
         replay: folder of a recorded run whose steps are served again, to a learner alone (`broker.recording`);
             `recipe` must have its questions and batch.
         stop_event: leave at once when set; by default SIGTERM and SIGINT set one.
@@ -63,7 +63,7 @@ def serve(
     """
     stacks.arm()
     check_bind(recipe)
-    if resume and recipe.broker.durability == "memory":
+    if resume and recipe.broker.durability == "memory" and was_served(run_folder):
         raise UserError("'memory' keeps nothing that --resume could continue.", setting="broker.durability")
     stop = stop_event or _stop_on_signals()
     questions = load_training_set(recipe)

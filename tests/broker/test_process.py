@@ -101,6 +101,14 @@ def test_one_broker_per_folder_and_one_run(tmp_path: Path) -> None:
         assert status_of(observer(address))["step"] == 0
 
 
+def test_a_run_in_memory_is_started_as_the_launcher_starts_it_and_never_continued(tmp_path: Path) -> None:
+    recipe = scripted_recipe(tmp_path, broker={"durability": "memory"})
+    with running_broker(recipe, resume=True) as address:
+        assert status_of(observer(address))["step"] == 0
+    with pytest.raises(UserError, match=r"^broker\.durability: 'memory' keeps nothing"):
+        serve(recipe, run_folder=recipe.folder, resume=True, stop_event=threading.Event())
+
+
 def test_what_may_not_change_within_a_run_is_named(tmp_path: Path) -> None:
     with running_broker(scripted_recipe(tmp_path, broker={"durability": "journal"})):
         pass
