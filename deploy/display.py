@@ -30,7 +30,7 @@ class Display:
         self.folder = folder
         self._keys = recipe.broker.keys
         self._title = f"slipstream: {recipe.run.name}"
-        self._console = Console()
+        self._console = Console(markup=False, emoji=False)  # what others wrote may have brackets
         self._watcher = Watcher(folder, recipe.broker.keys)
         live = self._console.is_terminal and not quiet
         self._live = (

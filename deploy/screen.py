@@ -26,8 +26,9 @@ DASH = "–"
 
 def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> RenderableType:
     """The live display of a run; `status` is None until the broker answers."""
+    named = Text(title)
     if status is None:
-        return Panel(Text(note or "starting broker, actors and learner ..."), title=title, title_align="left")
+        return Panel(Text(note or "starting broker, actors and learner ..."), title=named, title_align="left")
     parts: list[RenderableType] = [_progress(status), _figures(status), _peers(status)]
     parts += [Text(str(cause), style="yellow") for cause in explain(status)]
     parts += [
@@ -37,7 +38,7 @@ def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> R
     if note:
         parts.append(Text(note, style="bold"))
     parts += [Text(line, style="yellow") for line in tracker_behind(status)]
-    return Panel(Group(*parts), title=title, title_align="left")
+    return Panel(Group(*parts), title=named, title_align="left")
 
 
 def _progress(status: Mapping[str, Any]) -> RenderableType:

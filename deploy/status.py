@@ -40,7 +40,7 @@ def status(
     from deploy.watch import ask_status
 
     address, keys, title = _where(run, join, keys)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # responses and reasons have brackets of their own
     if group is not None:
         from deploy.inspect_group import show_group
 
