@@ -61,9 +61,9 @@ class Peer:
     host: str
     pid: int
     software: str
-    process: str
     joined: float
     seen: float
+    process: str = ""
     alive: bool = True
     farewell: str = ""
     state: str = "joining"
@@ -144,9 +144,9 @@ class Members:
                 hello.host,
                 hello.pid,
                 hello.software,
-                hello.process,
                 joined=time.time(),
                 seen=now,
+                process=hello.process,
             )
             if known is not None:
                 peer.bad, peer.groups, peer.tokens = known.bad, known.groups, known.tokens
@@ -161,7 +161,7 @@ class Members:
 
     def expect(self, name: str, host: str, pid: int, software: str, process: str = "", *, now: float) -> None:
         """An actor that was in the run before the broker restarted: it has leases and will say Hello again."""
-        self._enter(Peer(name, "actor", host, pid, software, process, joined=time.time(), seen=now), None)
+        self._enter(Peer(name, "actor", host, pid, software, time.time(), now, process=process), None)
 
     def _enter(self, peer: Peer, known: Peer | None) -> None:
         was_there = known is not None and known.alive and known.role == "actor"
