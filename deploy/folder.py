@@ -161,12 +161,12 @@ def wait_for_address(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def newest_folder(root: Path = Path("runs")) -> Path:
-    """The run folder whose broker announced itself last.
+    """The run folder whose broker announced itself last; where none has a broker, the one prepared last.
 
     Raises:
         UserError: no run below `root`.
     """
-    found = [path.parent for path in root.glob(f"*/{ADDRESS_FILE}")]
-    if not found:
-        raise UserError(f"no run with a broker below ./{root}; name one, or give --join.", setting="RUN")
-    return max(found, key=lambda folder: (folder / ADDRESS_FILE).stat().st_mtime)
+    for file in (ADDRESS_FILE, RECIPE_FILE):
+        if found := list(root.glob(f"*/{file}")):
+            return max(found, key=lambda path: path.stat().st_mtime).parent
+    raise UserError(f"no run below ./{root}; name one, or give --join.", setting="RUN")

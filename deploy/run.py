@@ -99,9 +99,11 @@ def _say_what_changes(recipe: Recipe) -> None:
 def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     """Launch, watch and end a run whose folder is prepared; returns the exit code."""
     from deploy.display import Display
+    from deploy.folder import ADDRESS_FILE
     from deploy.launch.supervisor import Supervisor
 
-    (folder / "broker.json").unlink(missing_ok=True)
+    address = folder / ADDRESS_FILE
+    address.unlink(missing_ok=True)
     display, silence = Display(recipe, folder, quiet=quiet), Silence(recipe.broker.no_progress_s)
     supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.event)
     interrupts = _Interrupts()
@@ -119,6 +121,7 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
             _let_leave(supervisor, interrupts)
     finally:
         supervisor.end(term_s=TERM_S)
+        address.unlink(missing_ok=True)  # a broker that had to be killed has left it behind
     return _conclude(supervisor, display, folder)
 
 

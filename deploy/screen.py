@@ -24,13 +24,22 @@ BEHIND_SHOWN_S = 15.0
 DASH = "–"
 
 
-def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> RenderableType:
-    """The live display of a run; `status` is None until the broker answers."""
+def screen(
+    status: Mapping[str, Any] | None, *, title: str, note: str = "", ended: str | None = None
+) -> RenderableType:
+    """The live display of a run.
+
+    Args:
+        status: None until the broker answers.
+        title: of the frame.
+        note: in place of a status, or below it.
+        ended: how and when a run ended whose last status this is; nobody waits for anybody then.
+    """
     named = Text(title)
     if status is None:
         return Panel(Text(note or "starting broker, actors and learner ..."), title=named, title_align="left")
-    parts: list[RenderableType] = [_progress(status), _figures(status), _peers(status)]
-    parts += [Text(str(cause), style="yellow") for cause in explain(status)]
+    parts: list[RenderableType] = [_progress(status, ended), _figures(status), _peers(status)]
+    parts += [Text(str(cause), style="yellow") for cause in (explain(status) if ended is None else ())]
     parts += [
         Text(_event(event), style="yellow" if event["warning"] else "dim")
         for event in status["events"][-EVENTS_SHOWN:]
@@ -41,12 +50,15 @@ def screen(status: Mapping[str, Any] | None, *, title: str, note: str = "") -> R
     return Panel(Group(*parts), title=named, title_align="left")
 
 
-def _progress(status: Mapping[str, Any]) -> RenderableType:
+def _progress(status: Mapping[str, Any], ended: str | None) -> RenderableType:
     done, total = status["step"], status["steps_total"]
     row = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=max(1, total), completed=done, width=40)
     row.add_row(
-        Text(f"step {done}/{total}", style="bold"), bar, f"version {status['version']}", f"ETA {eta(status)}"
+        Text(f"step {done}/{total}", style="bold"),
+        bar,
+        f"version {status['version']}",
+        ended or f"ETA {eta(status)}",
     )
     return row
 

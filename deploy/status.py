@@ -1,18 +1,21 @@
-"""`slipstream status`: ask a running broker how it goes.
+"""`slipstream status`: ask a running broker how it goes; of a run that has ended, show how it was in the end.
 
-Invariant: everything shown comes from the broker at the moment of asking.
+Invariant: everything shown comes from the broker, at the moment of asking or in the last point that it wrote.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.workers import JoinOption, KeysOption
+
+if TYPE_CHECKING:
+    from common.tracking.spool import Record
+    from deploy.watch import Target
 
 PERIOD_S = 1.0
 
@@ -26,7 +29,9 @@ def status(
         bool, typer.Option("--watch", "-w", help="Keep the screen up to date until Ctrl-C.")
     ] = False,
     ledger: Annotated[bool, typer.Option("--ledger", help="Print the sum of the ledger (I3).")] = False,
-    groups: Annotated[bool, typer.Option("--groups", help="List the groups in the buffer.")] = False,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="List the groups in flight and in the buffer.")
+    ] = False,
     group: Annotated[
         str | None,
         typer.Option("--group", metavar="EPOCH:INDEX", help="Show one group, down to its responses."),
@@ -37,56 +42,61 @@ def status(
     """Show how a run goes: step, reward, accuracy, rates, staleness, queue, who waits for whom."""
     from rich.console import Console
 
-    from deploy.watch import ask_status
+    from deploy.watch import find_target
 
-    address, keys, title = _where(run, join, keys)
+    target = find_target(run, join, keys)
     console = Console(markup=False, emoji=False)  # responses and reasons have brackets of their own
     if group is not None:
         from deploy.inspect_group import show_group
 
-        show_group(console, address, keys, group)
+        target.status()  # or says why not
+        show_group(console, str(target.address), target.keys, group)
         return
-    found = ask_status(address, keys, groups=groups)
+    end = None if groups else _end(target)
+    found = target.status(groups=groups) if end is None else end.values["final"]
     if as_json:
         typer.echo(json.dumps(found, indent=2, default=str))
     elif ledger:
         console.print(_ledger_table(found["ledger"]))
     elif groups:
         console.print(_groups_table(found["groups"]))
-    elif watch:
-        _watch(console, address, keys, title)
+    elif watch and end is None:
+        _watch(console, target)
     else:
         from deploy.screen import screen
 
-        console.print(screen(found, title=title))
+        console.print(screen(found, title=f"slipstream: {target.name}", ended=end and _ended(end)))
 
 
-def _where(run: str | None, join: str | None, keys: Path | None) -> tuple[str, Path | None, str]:
-    from common.errors import UserError
-    from deploy.folder import find_folder, newest_folder, read_address, read_recipe
+def _end(target: Target) -> Record | None:
+    """The last point of a run that has ended, and that nobody serves again."""
+    from broker.run_folder import is_served
+    from deploy.folder import last_end
 
-    if join is not None:
-        return join, keys, f"slipstream: {join}"
-    folder = find_folder(run) if run is not None else newest_folder()
-    address = read_address(folder)
-    if address is None:
-        raise UserError(f"'{folder}' has no running broker (no broker.json).", setting="RUN")
-    return address["address"], keys or read_recipe(folder).broker.keys, f"slipstream: {folder.name}"
+    if target.folder is None or is_served(target.folder):
+        return None
+    return last_end(target.folder)
 
 
-def _watch(console: Any, address: str, keys: Path | None, title: str) -> None:
+def _ended(end: Record) -> str:
+    status, reason = end.values["status"], end.values["reason"]
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end.time))
+    return f"{status} at {when}{'' if reason == status else f': {reason}'}"
+
+
+def _watch(console: Any, target: Target) -> None:
     from rich.live import Live
 
     from common.errors import UserError
     from deploy.screen import screen
-    from deploy.watch import ask_status
 
+    title = f"slipstream: {target.name}"
     with Live(console=console, auto_refresh=False) as live:
         while True:
             try:
-                live.update(screen(ask_status(address, keys), title=title), refresh=True)
+                live.update(screen(target.status(), title=title), refresh=True)
             except UserError:
-                live.update(screen(None, title=title, note=f"no answer from {address}"), refresh=True)
+                live.update(screen(None, title=title, note=f"no answer from {target.address}"), refresh=True)
             time.sleep(PERIOD_S)
 
 

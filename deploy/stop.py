@@ -23,14 +23,12 @@ def stop(
     """
     from common.errors import UserError
     from common.messages import Stop
-    from deploy.status import _where
-    from deploy.watch import ask
+    from deploy.watch import find_target
 
     if (run is None) == (join is None):
         raise UserError("give either RUN or --join HOST:PORT.")
-    address, keys, _ = _where(run, join, keys)
-    ask(address, keys, Stop(reason="slipstream stop"))
-    again = run if run is not None else f"--join {address}"
+    find_target(run, join, keys).ask(Stop(reason="slipstream stop"))
+    again = run if run is not None else f"--join {join}"
     typer.echo(
         "stopping: the learner finishes its step and writes a checkpoint, then everybody leaves; "
         f"`slipstream status {again}` shows who is waited for"

@@ -9,16 +9,20 @@ import os
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker.run_folder import is_served
 from common.errors import SlipstreamError, UserError
 from common.messages import Hello, Message, Status, StatusQuery, Stop
 from common.software import software_version
 from common.wire import BrokerUnreachable, Client, RefusedError
-from deploy.folder import read_address
+from deploy.folder import RECIPE_FILE, find_folder, newest_folder, read_address, read_recipe
 
 PERIOD_S = 1.0
+ANSWER_S = 5.0
+GONE_S = 1.0  # for a broker that probably is not there
 
 
 def observer(address: str, keys: Path | None) -> Client:
@@ -34,8 +38,14 @@ def observer(address: str, keys: Path | None) -> Client:
     return Client(address, hello, keys=keys)
 
 
-def ask(address: str, keys: Path | None, message: Message, timeout_s: float = 5.0) -> Message:
-    """The broker's answer to one request of a person.
+def ask(
+    address: str,
+    keys: Path | None,
+    message: Message,
+    timeout_s: float = ANSWER_S,
+    setting: str | None = "--join",
+) -> Message:
+    """The broker's answer to one request of a person; `setting` is what named the broker.
 
     Raises:
         UserError: nobody answers there, or the broker refuses.
@@ -44,11 +54,75 @@ def ask(address: str, keys: Path | None, message: Message, timeout_s: float = 5.
     try:
         return client.request(message, timeout_s=timeout_s).message
     except BrokerUnreachable as error:
-        raise UserError(f"{error}.", setting="--join") from None
+        raise UserError(f"{error}.", setting=setting) from None
     except RefusedError as error:
-        raise UserError(f"the broker refused: {error}", setting="--join") from None
+        raise UserError(f"the broker refused: {error}", setting=setting) from None
     finally:
         client.close()
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run that a person named, by its folder or by an address.
+
+    Attributes:
+        folder: None where an address was given.
+        address: of its broker; None where the folder names none.
+    """
+
+    folder: Path | None
+    address: str | None
+    keys: Path | None
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.folder.name if self.folder is not None else str(self.address)
+
+    def ask(self, message: Message) -> Message:
+        """See `ask`.
+
+        Raises:
+            UserError: also where nobody serves the run's folder.
+        """
+        if self.folder is None:
+            return ask(str(self.address), self.keys, message)
+        if self.address is None:
+            raise not_running(self.folder)
+        served = is_served(self.folder)  # false on a file system whose locks other hosts do not see, too
+        try:
+            timeout_s = ANSWER_S if served else GONE_S
+            return ask(self.address, self.keys, message, timeout_s, setting=None)
+        except UserError:
+            if served:
+                raise
+            raise not_running(self.folder) from None
+
+    def status(self, *, groups: bool = False) -> dict[str, Any]:
+        """The status of the run; see `ask`."""
+        reply = self.ask(StatusQuery(groups=groups))
+        assert isinstance(reply, Status)
+        return reply.status
+
+
+def find_target(run: str | None, join: str | None, keys: Path | None) -> Target:
+    """The run named by RUN or --join; without either the newest one.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if join is not None:
+        return Target(None, join, keys)
+    folder = find_folder(run) if run is not None else newest_folder()
+    found = read_address(folder)
+    return Target(folder, found and found["address"], keys or read_recipe(folder).broker.keys)
+
+
+def not_running(folder: Path) -> UserError:
+    """What to say of a folder that nobody serves."""
+    verb = "submit" if (folder / "slurm").is_dir() else "run"
+    again = f"slipstream {verb} {folder / RECIPE_FILE} --resume"
+    return UserError(f"'{folder}' is not running (it has no broker); go on with: {again}")
 
 
 def ask_status(
