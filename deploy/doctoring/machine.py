@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -81,7 +83,7 @@ def _gpu(index: int) -> Finding:
 
 
 def check_disk(recipe: Recipe | None) -> Iterator[Finding]:
-    """Room for checkpoints where the run folder will be."""
+    """Room for checkpoints where the run folder will be, and locks, without which no broker serves there."""
     if recipe is not None:
         from common.model_files import read_shape
         from deploy.preflight import check_disk as room_for_checkpoints
@@ -96,6 +98,19 @@ def check_disk(recipe: Recipe | None) -> Iterator[Finding]:
         yield warning("disk", text, "free some, or set run.root to a larger file system")
     else:
         yield ok("disk", text)
+    yield from _locks(root)
+
+
+def _locks(folder: Path) -> Iterator[Finding]:
+    from broker.run_folder import no_flock
+
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError:
+        yield warning("disk", f"{folder} cannot be written", "set run.root to a folder of yours")
+    except OSError as error:
+        yield problem("disk", f"the file system of {folder} {no_flock(error)}", "see run.root")
 
 
 def check_shared_memory(path: Path = Path("/dev/shm"), *, gpus: int = 0) -> Iterator[Finding]:

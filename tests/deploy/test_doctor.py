@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -323,3 +325,14 @@ def test_contradicting_options_are_refused():
         raise doctor("--listen", "a:1", "--meet", "b:1").exception
     with pytest.raises(UserError, match="'head' is not HOST:PORT"):
         raise doctor("--join", "head").exception
+
+
+def test_a_file_system_without_locks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    recipe = load_recipe("demo", [f"run.root='{tmp_path}'"])
+    assert {finding.level for finding in machine.check_disk(recipe)} == {Level.ok}
+    monkeypatch.setattr("deploy.doctoring.machine.fcntl.flock", refuse)
+    found = [finding for finding in machine.check_disk(recipe) if finding.level == Level.problem]
+    assert "does not lock files" in found[0].text
