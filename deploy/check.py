@@ -51,9 +51,11 @@ def _print(recipe: Recipe) -> None:
     from deploy.preflight import (
         check_addresses,
         check_disk,
+        check_keys,
         check_memory,
         check_ports,
         check_reward,
+        check_route,
         check_template,
         meant_for_gpus,
     )
@@ -64,12 +66,15 @@ def _print(recipe: Recipe) -> None:
     check_ports(recipe)
     notes: list[tuple[str, str]] = []
     shape = _shape(recipe, notes)
+    of_the_machine = [lambda: check_keys(recipe), lambda: check_route(recipe)]
     if shape:
         _note_of(lambda: check_disk(recipe, shape), notes)
+        of_the_machine.append(lambda: check_memory(recipe, shape))
+    for verify in of_the_machine:
         if meant_for_gpus(recipe):
-            _note_of(lambda: check_memory(recipe, shape), notes)
+            _note_of(verify, notes)
         else:
-            check_memory(recipe, shape)
+            verify()
     questions = _questions(recipe, notes)
     table = Table(title=f"Plan of {recipe.run.name}", show_header=False, box=None, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -86,7 +91,7 @@ def _note_of(verify: Callable[[], None], notes: list[tuple[str, str]]) -> None:
     try:
         verify()
     except UserError as error:
-        notes.append(("note", f"on this machine, {error}"))
+        notes.append(("note", f"`slipstream run` refuses it on this machine: {error}"))
 
 
 def _shape(recipe: Recipe, notes: list[tuple[str, str]]) -> ModelShape | None:

@@ -7,7 +7,6 @@ one `UserError` that names the setting. Nothing is started, written or left open
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import shutil
 import socket
@@ -42,6 +41,7 @@ def preflight(
     check_reward(recipe)
     check_disk(recipe, shape)
     if memory:
+        check_route(recipe)
         check_memory(recipe, shape)
     if questions:
         check_questions(recipe)
@@ -92,18 +92,18 @@ def check_questions(recipe: Recipe) -> int:
 
 def check_reward(recipe: Recipe) -> None:
     """The reward is `math` or a function that can be imported."""
+    from common.verifier.rewards import load_reward
+
     name = recipe.data.reward
     if name == "math":
         return
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UserError(f"'{name}' is neither 'math' nor 'package.module:function'.", setting="data.reward")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot import '{name}': {error}.", setting="data.reward") from None
-    if not callable(found):
-        raise UserError(f"'{name}' is not a function.", setting="data.reward")
+        load_reward(name)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{error.setting}: ")
+        raise UserError(f"{' '.join(reason.split())}.", setting="data.reward") from None
 
 
 def check_addresses(recipe: Recipe) -> None:
@@ -126,16 +126,21 @@ def check_tracking(recipe: Recipe) -> None:
 
 
 def check_ports(recipe: Recipe) -> None:
-    """Ports that the recipe fixes are free."""
+    """Ports that the recipe fixes are free, and no two of them the same."""
     fixed = (
         ("broker.port", recipe.broker.bind, recipe.broker.port),
         ("broker.metrics_port", "127.0.0.1", recipe.broker.metrics_port),
         ("weights.port", recipe.weights.bind, recipe.weights.port),
         ("learner.master_port", "127.0.0.1", recipe.learner.master_port),
     )
+    takers: dict[tuple[str, int], str] = {}
     for setting, address, port in fixed:
-        if port:
-            _require_free(setting, address, port)
+        if not port:
+            continue
+        earlier = takers.setdefault((address, port), setting)
+        if earlier != setting:
+            raise UserError(f"port {port} on {address} is {earlier}'s already.", setting=setting)
+        _require_free(setting, address, port)
 
 
 def _require_free(setting: str, address: str, port: int) -> None:
@@ -146,6 +151,24 @@ def _require_free(setting: str, address: str, port: int) -> None:
         except OSError as error:
             reason = "in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
             raise UserError(f"port {port} on {address} cannot be used: {reason}.", setting=setting) from None
+
+
+def check_route(recipe: Recipe) -> None:
+    """The route of the weights is one that this machine has; what `nccl` needs are GPUs."""
+    gpus = visible_gpus() if recipe.launch.device != "cpu" else []
+    if recipe.weights.route == "nccl" and not gpus:
+        raise UserError(
+            "'nccl' needs the learner on a GPU: take 'auto', 'gloo' or 'disk'.", setting="weights.route"
+        )
+
+
+def check_keys(recipe: Recipe) -> None:
+    """The folder of keys, if the recipe names one, has what the broker and its peers need."""
+    from common.keys import check_client, check_server
+
+    if recipe.broker.keys is not None:
+        check_server(recipe.broker.keys)
+        check_client(recipe.broker.keys)
 
 
 def check_disk(recipe: Recipe, shape: ModelShape) -> None:

@@ -20,10 +20,10 @@ NAMED = 5  # further defects that one sentence names
 LONGEST_VALUE = 60  # characters of what was given
 
 _WORDS = {
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
     "value_error": "{error}",
     "string_pattern_mismatch": 'must be at most 100 letters, digits, ".", "_" or "-", and not begin with "." or "-"',
@@ -53,7 +53,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> UserError:
         given.setdefault(setting, _given(found))
         # A setting of several kinds is refused by each of them.
         earlier = sentences.get(setting)
-        alternative = earlier and found["type"] != "value_error" and sentence not in earlier
+        alternative = earlier and sentence not in earlier and not sentence.startswith("entry")
         sentences[setting] = (
             f"{earlier} or {sentence.removeprefix('must be ')}" if alternative else earlier or sentence
         )
@@ -83,9 +83,14 @@ def _sentence(found: Mapping[str, Any], field: FieldInfo | None, entry: int | No
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"is a table, not a value; set one of its keys: {', '.join(_keys_of(field))}"
     words = _WORDS.get(kind) or _KINDS.get(kind.partition("_")[0])
-    text = words.format(**found.get("ctx", {})) if words else str(found["msg"])
+    text = words.format(**_plain(found.get("ctx", {}))) if words else str(found["msg"])
     text = text.replace("Input should be", "must be").rstrip(".")
     return f"entry {entry + 1} {text}" if entry is not None and kind != "value_error" else text
+
+
+def _plain(context: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole bounds without a decimal point."""
+    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in context.items()}
 
 
 def _missing(field: FieldInfo | None) -> str:

@@ -13,10 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.recipe.presets import equal_rewards_are_neutral, has_group_baseline
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 10**9  # more than any setting can mean, and less than what messages, timers and random generators take
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -247,7 +250,7 @@ class LearnerSection(Section):
         "constant", description="Learning-rate schedule (Table 6: constant)."
     )
     warmup_steps: NonNegativeInt = Field(0, description="Optimizer steps of linear warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW β (Table 6).")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW β (Table 6).")
     eps: PositiveFloat = Field(1e-8, description="AdamW ε.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay (Table 6: 0).")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradient-norm clip (Table 6: 1.0).")
@@ -264,19 +267,15 @@ class LearnerSection(Section):
     collective_timeout_s: PositiveFloat = Field(
         600.0, description="Seconds that a rank waits for the others."
     )
-    master_port: NonNegativeInt = Field(0, description="Port of the ranks' rendezvous; 0 picks a free one.")
+    master_port: Port = Field(0, description="Port of the ranks' rendezvous; 0 picks a free one.")
 
 
 class BrokerSection(Section):
     """Ledger, buffer and sockets."""
 
     bind: str = Field("127.0.0.1", description="Address to bind; anything but loopback needs keys (I8).")
-    port: NonNegativeInt = Field(
-        0, le=65535, description="TCP port; 0 picks a free one, written to the run folder."
-    )
-    metrics_port: NonNegativeInt = Field(
-        0, le=65535, description="Port of the Prometheus page on loopback; 0 picks a free one."
-    )
+    port: Port = Field(0, description="TCP port; 0 picks a free one, written to the run folder.")
+    metrics_port: Port = Field(0, description="Port of the Prometheus page on loopback; 0 picks a free one.")
     keys: Path | None = Field(None, description="Folder of CURVE keys (`slipstream keys init`).")
     durability: Literal["journal", "memory"] = Field(
         "journal", description="`journal` survives a crash of the broker; `memory` does not."
@@ -344,9 +343,7 @@ class WeightsSection(Section):
         description="`auto`: nccl on GPU (gloo with `actor.tensor_parallel`), ipc on one shared GPU, gloo on CPU.",
     )
     bind: str = Field("127.0.0.1", description="Address that the learner serves weights on.")
-    port: NonNegativeInt = Field(
-        0, le=65535, description="Port of the weights rendezvous; 0 picks a free one."
-    )
+    port: Port = Field(0, description="Port of the weights rendezvous; 0 picks a free one.")
     bucket_mb: PositiveInt = Field(256, description="Size of a packed bucket in MiB.")
     snapshots: Literal["device", "host"] = Field(
         "device",
@@ -514,5 +511,7 @@ def _refill(recipe: Recipe) -> None:
 
 
 def _heartbeats(recipe: Recipe) -> None:
+    if recipe.broker.lease_s < 2 * recipe.broker.heartbeat_s:
+        raise ValueError("broker.lease_s must be at least twice broker.heartbeat_s")
     if recipe.broker.dead_after_s < 2 * recipe.broker.heartbeat_s:
         raise ValueError("broker.dead_after_s must be at least twice broker.heartbeat_s")

@@ -7,6 +7,7 @@ Invariant: whatever the source, a loaded row has a unique `uid`, a non-empty `pr
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -267,7 +268,7 @@ def _checked(
         if isinstance(gold, str) and answer_after is not None:
             gold = gold.rpartition(answer_after)[2].strip()
         _check_values(name, index, problem, text, answer, gold)
-        row: Row = {"uid": f"{name}/{index}", "problem": text, "answer": gold}
+        row: Row = {"uid": f"{name}/{index}", "problem": text, "answer": _sendable(gold)}
         row.update({key: source[key] for key in _KEPT if key in source and key not in row})
         if "level" in row:
             row["level"] = _level(row["level"])
@@ -278,10 +279,23 @@ def _check_values(name: str, index: int, problem: str, text: Any, answer: str, g
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"question set '{name}', row {index}: field '{problem}' is not a question text")
     golds = gold if isinstance(gold, list) and gold else [gold]
-    if not all(isinstance(g, str | int | float) for g in golds):
+    if not all(isinstance(g, str) or _is_number(g) for g in golds):
         raise UserError(
-            f"question set '{name}', row {index}: field '{answer}' is not a string, a number or a list of these"
+            f"question set '{name}', row {index}: field '{answer}' is not a string, a finite number or a list of these"
         )
+
+
+def _is_number(gold: Any) -> bool:
+    if isinstance(gold, float):
+        return math.isfinite(gold)
+    return isinstance(gold, int) and not isinstance(gold, bool)
+
+
+def _sendable(gold: Any) -> Any:
+    """Integers beyond 64 bits as text, which the verifier reads alike: no message holds them."""
+    if isinstance(gold, list):
+        return [_sendable(item) for item in gold]
+    return str(gold) if isinstance(gold, int) and gold.bit_length() > 63 else gold
 
 
 def _level(value: Any) -> int | None:

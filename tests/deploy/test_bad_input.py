@@ -252,3 +252,29 @@ def test_every_verb_has_help_that_teaches(tmp_path: Path) -> None:
         done = slipstream(verb, "--help", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert len(done.stdout) > 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["weights.route='nccl'", "launch.device='cpu'"], "weights.route: 'nccl' needs the learner on a GPU"),
+        (["broker.keys='nokeys'"], "broker.keys: 'nokeys/server.key_secret' does not exist"),
+        (["broker.port=7001", "weights.port=7001"], "weights.port: port 7001 on 127.0.0.1 is broker.port's"),
+    ],
+)
+def test_check_refuses_what_run_would(recipe: Path, settings: list[str], words: str) -> None:
+    assert words in refused(recipe, *settings)
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = slipstream("check", str(recipe), *options, cwd=recipe.parent)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+def test_reward_whose_module_fails_in_its_own_way(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (recipe.parent / "broken_reward.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(recipe.parent))
+    from common.recipe import load_recipe
+    from deploy import preflight
+
+    loaded = load_recipe(recipe, ["data.reward='broken_reward:f'"])
+    with pytest.raises(UserError, match=r"^data\.reward: cannot load .*ZeroDivisionError"):
+        preflight.check_reward(loaded)

@@ -37,6 +37,12 @@ def test_json_lines_keep_the_type_of_each_answer(file: Path) -> None:
     assert len({row["uid"] for row in loaded}) == 4
 
 
+def test_integers_that_no_message_holds_become_text(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(f'{{"problem": "q", "answer": [{10**30}, {2**62}]}}', encoding="utf-8")
+    assert load_questions(str(path))[0]["answer"] == [str(10**30), 2**62]
+
+
 def test_levels_and_limit(file: Path) -> None:
     assert [r["problem"] for r in load_questions(str(file), levels=[3, 5])] == ["1+1=?", "1/2=?"]
     assert len(load_questions(str(file), levels=[3, 5], limit=1)) == 1
@@ -94,6 +100,9 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
         ('{"problem": "q", "answer": null}', "'answer' is not a string"),
         ('{"problem": "q", "answer": [null]}', "'answer' is not a string"),
         ('{"problem": "q", "answer": []}', "'answer' is not a string"),
+        ('{"problem": "q", "answer": true}', "'answer' is not a string"),
+        ('{"problem": "q", "answer": ["2", false]}', "'answer' is not a string"),
+        ('{"problem": "q", "answer": NaN}', "'answer' is not a string, a finite number"),
         ("", "no question left"),
     ],
 )
