@@ -240,9 +240,15 @@ def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int
 
 def track(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or name.")],
-    beyond: Annotated[int, typer.Option(hidden=True, help="First wait for points beyond this byte.")] = 0,
+    beyond: Annotated[
+        int | None,
+        typer.Option(hidden=True, help="Of the broker's own: first wait for points beyond this byte."),
+    ] = None,
 ) -> None:
-    """Deliver a run's points to MLflow and write its summary and figure; the broker starts this by itself."""
+    """Deliver a run's points to MLflow and write its summary and figure; the broker starts this by itself.
+
+    By hand: for a run that MLflow did not get all of. It returns when the run has ended, or is served by nobody.
+    """
     from deploy.folder import find_folder
     from deploy.track import track_run
 
@@ -251,4 +257,4 @@ def track(
     # A run that was stopped ends with its last point: until the broker that goes on has written one, it seems over.
     while beyond and (found / SPOOL).stat().st_size <= beyond:
         time.sleep(TRACKER_POLL_S)
-    raise typer.Exit(track_run(found))
+    raise typer.Exit(track_run(found, by_hand=beyond is None))

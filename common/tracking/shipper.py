@@ -30,7 +30,8 @@ RETRY_S = 5.0
 BATCH = 100
 PATIENCE_S = 30.0
 NOT_METRICS = ("run", "samples", "event", "end")
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+INTERRUPTED = "interrupted"
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", INTERRUPTED: "KILLED", "failed": "FAILED"}
 
 
 def tracking_uri(uri: str | None, root: Path) -> str:
@@ -196,7 +197,11 @@ class Shipper:
 
 
 def ship_until_end(
-    shipper: Shipper, finalise: Callable[[Record], list[Path]], *, patience_s: float = PATIENCE_S
+    shipper: Shipper,
+    finalise: Callable[[Record], list[Path]],
+    *,
+    patience_s: float = PATIENCE_S,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Deliver until the run's end and what is written then; True when MLflow has everything.
 
@@ -206,14 +211,16 @@ def ship_until_end(
         shipper: what to deliver.
         finalise: called once with the end record, whether or not MLflow answers; returns the files to upload.
         patience_s: seconds to go on trying after the end.
+        interrupted: whether nobody is left who could write an end; see `SpoolEnd.or_interruption`.
     """
     spool = SpoolEnd(shipper.spool)
+    end: Record | None = None
     files: list[Path] | None = None
     ended_at = 0.0
     while True:
-        if files is None and (end := spool.end()) is not None:
+        if files is None and (end := spool.or_interruption(interrupted)) is not None:
             files, ended_at = _final_files(finalise, end), time.monotonic()
-        delivered = _try(shipper, files)
+        delivered = _try(shipper, end, files)
         if delivered:
             return True
         if files is not None and time.monotonic() - ended_at > patience_s:
@@ -229,15 +236,15 @@ def _final_files(finalise: Callable[[Record], list[Path]], end: Record) -> list[
         return []
 
 
-def _try(shipper: Shipper, files: Sequence[Path] | None) -> bool | None:
+def _try(shipper: Shipper, end: Record | None, files: Sequence[Path] | None) -> bool | None:
     """One attempt: True when all is delivered for good, False when more may come, None when MLflow is away."""
     try:
-        end = shipper.deliver()
-        done = end is not None and files is not None
-        if end is not None and files is not None:
-            shipper.finish(end, files)
+        delivered = shipper.deliver()
+        last = end if end is not None and end.kind == INTERRUPTED else delivered
+        if last is not None and files is not None:
+            shipper.finish(last, files)
         shipper.note(None)
-        return done
+        return last is not None and files is not None
     except Exception as error:  # MLflow raises whatever its store does; the run must not care
         shipper.note(error)
         return None
@@ -255,6 +262,17 @@ class SpoolEnd:
         for record in read_spool(self._path, self._offset):
             self._last, self._offset = record, record.offset
         return self._last if self._last is not None and self._last.kind == "end" else None
+
+    def or_interruption(self, interrupted: Callable[[], bool]) -> Record | None:
+        """The `end` record; or, where there is none and `interrupted()`, a record of kind `INTERRUPTED` in its place."""
+        gone = interrupted()  # asked first: an end that is written meanwhile is still found
+        if (end := self.end()) is not None or not gone:
+            return end
+        values = {"status": INTERRUPTED, "reason": "it ended without a word"}
+        last = self._last
+        return Record(
+            self._offset, last.time if last else time.time(), INTERRUPTED, last.step if last else 0, values
+        )
 
 
 def _metrics(record: Record) -> list[Any]:

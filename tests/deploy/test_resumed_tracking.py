@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import typer
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from common.recipe import load_recipe
-from common.tracking.spool import SPOOL
+from broker.run_folder import Claim, is_served
+from common.recipe import load_recipe, resolved_toml
+from common.tracking.delivery import Delivery
+from common.tracking.shipper import SpoolEnd
+from common.tracking.spool import SPOOL, Spool
 from deploy import track as tracking
 from deploy import workers
-from deploy.folder import prepare
+from deploy.folder import RECIPE_FILE, prepare, read_recipe
+from tests.scripted.broker import scripted_recipe
 
 END = '{"time": 1, "kind": "end", "step": 5, "values": {}}\n'
 RUN = '{"time": 2, "kind": "run", "step": 5, "values": {}}\n'
@@ -30,7 +35,7 @@ def test_it_begins_when_the_broker_has_written_something(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = threading.Event()
-    monkeypatch.setattr(tracking, "track_run", lambda folder: begun.set() or 0)
+    monkeypatch.setattr(tracking, "track_run", lambda folder, **_: begun.set() or 0)
     app = typer.Typer()
     app.command()(workers.track)
 
@@ -55,3 +60,69 @@ def test_the_broker_says_how_far_the_points_went(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(workers.subprocess, "Popen", lambda line, **_: started.append(line))
     workers._start_tracker(folder)
     assert started[0][-3:] == [str(folder), "--beyond", str(len(END))]
+
+
+# --- a run that nobody serves and that has no end ------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """Its broker was ended from outside after a step."""
+    recipe = scripted_recipe(
+        tmp_path, tracking={"enabled": True, "uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    )
+    folder = prepare(recipe, resume=False, fresh=False)
+    spool = Spool(folder / SPOOL)
+    spool.append("run", 0, {"recipe": {"run": {"steps": 5}}})
+    spool.append("learner", 0, {"reward": 0.5})
+    return folder
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_by_hand_an_interrupted_run_is_delivered_and_not_waited_for(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    monkeypatch.setattr(tracking.os, "nice", lambda _: 0)
+    if not enabled:
+        recipe = read_recipe(interrupted)
+        off = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"enabled": False})})
+        (interrupted / RECIPE_FILE).write_text(resolved_toml(off))
+    assert tracking.track_run(interrupted, by_hand=True) == 0
+    assert not (interrupted / "summary.json").exists(), "that needs the broker's last words"
+    if not enabled:
+        return
+    client, run = (
+        MlflowClient(f"sqlite:///{interrupted.parent / 'mlflow.db'}"),
+        Delivery.load(interrupted).mlflow_run,
+    )
+    assert [point.value for point in client.get_metric_history(run, "learner/reward")] == [0.5]
+    assert client.get_run(run).info.status == "KILLED"
+
+
+def test_the_brokers_own_tracker_and_a_served_run_wait(interrupted: Path) -> None:
+    spool = SpoolEnd(interrupted / SPOOL)
+    assert spool.or_interruption(lambda: False) is None
+    claim = Claim(interrupted, resume=True)
+    assert is_served(interrupted)
+    claim.release()
+    assert not is_served(interrupted)
+    found = spool.or_interruption(lambda: True)
+    assert found is not None
+    assert (found.kind, found.step) == ("interrupted", 0)
+    Spool(interrupted / SPOOL).append("end", 1, {"status": "stopped"})
+    found = spool.or_interruption(lambda: True)
+    assert found is not None
+    assert found.kind == "end"
+
+
+@pytest.mark.parametrize(("options", "by_hand"), [([], True), (["--beyond", "0"], False)])
+def test_only_a_tracker_by_hand_gives_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], by_hand: bool
+) -> None:
+    """The broker's own starts before the broker has the folder's lock."""
+    told: list[bool] = []
+    monkeypatch.setattr(tracking, "track_run", lambda folder, *, by_hand: told.append(by_hand) or 0)
+    app = typer.Typer()
+    app.command()(workers.track)
+    assert CliRunner().invoke(app, [str(folder), *options]).exit_code == 0
+    assert told == [by_hand]
