@@ -6,6 +6,7 @@ order of precedence is override > file > the file it extends > defaults of the s
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from common.recipe.schema import Recipe, RunSection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = REPOSITORY / "recipes"
+MIXTURE = "mixture"  # the key that a pretraining recipe has, and no other
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -28,7 +30,7 @@ def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: a path, or the bare name of one in recipes/ ("demo").
 
     Raises:
-        UserError: no such file; the message lists the recipes that exist.
+        UserError: no such file; the message names the recipe that was meant, or lists those that exist.
     """
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
@@ -36,8 +38,29 @@ def find_recipe(name: str | Path) -> Path:
     shipped = RECIPES / (path.name if path.suffix == ".toml" else f"{name}.toml")
     if shipped.is_file():
         return shipped
-    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))) or "none"
-    raise UserError(f"recipe '{name}' is neither a TOML file nor one of the shipped recipes: {names}.")
+    raise _not_found(path)
+
+
+def _not_found(path: Path) -> UserError:
+    if path.is_dir():
+        own = path / "recipe.toml"
+        hint = f"; that of the run in it is '{own}'" if own.is_file() else ""
+        return UserError(f"'{path}' is a folder, not a recipe{hint}.")
+    if path.is_file():
+        return UserError(f"'{path}' is no recipe: the name of a TOML file ends in '.toml'.")
+    shipped = sorted(RECIPES.glob("*.toml"))
+    close = difflib.get_close_matches(path.stem, [file.stem for file in shipped], n=1)
+    meant = f"did you mean '{close[0]}'?" if close else ""
+    if path.suffix == ".toml" or path.name != str(path):
+        return UserError(f"the file '{path}' does not exist{'; ' + meant if meant else '.'}")
+    if meant:
+        return UserError(f"there is no recipe '{path}'; {meant}")
+    pretraining = [file.stem for file in shipped if MIXTURE in _read_with_parents(file, seen=())]
+    training = [file.stem for file in shipped if file.stem not in pretraining]
+    return UserError(
+        f"'{path}' is neither a TOML file nor one of the shipped recipes: {', '.join(training)}; "
+        f"for `slipstream pretrain`: {', '.join(pretraining)}."
+    )
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -67,12 +90,21 @@ def load_toml_model(model: type[Model], path: Path, overrides: Iterable[str] = (
         UserError: unreadable file, bad TOML, circular `extends`, unknown key, wrong type, contradiction.
     """
     tree = _read_with_parents(path, seen=())
+    _refuse_other_kind(model, path, tree)
     for text in overrides:
         _apply_override(tree, text)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         raise explain(error, model) from None
+
+
+def _refuse_other_kind(model: type[BaseModel], path: Path, tree: Mapping[str, Any]) -> None:
+    """A recipe of `slipstream pretrain` where one of `slipstream run` is asked for, or the reverse."""
+    if MIXTURE in tree and MIXTURE not in model.model_fields:
+        raise UserError(f"'{path.stem}' makes a base model: it is a recipe of `slipstream pretrain`.")
+    if MIXTURE in model.model_fields and MIXTURE not in tree and "data" in tree:
+        raise UserError(f"'{path.stem}' trains by reinforcement: it is a recipe of `slipstream run`.")
 
 
 def resolved_toml(recipe: BaseModel) -> str:
@@ -124,7 +156,10 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise UserError(f"must be the name of one recipe, in {path}.", setting="extends")
     beside = path.parent / parent
-    parent_path = beside if beside.is_file() else find_recipe(parent)
+    try:
+        parent_path = beside if beside.is_file() else find_recipe(parent)
+    except UserError as error:
+        raise UserError(f"{error} (in {path})", setting="extends") from None
     return _merge(_read_with_parents(parent_path, (*seen, path.resolve())), tree)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.recipe import Recipe, find_recipe, load_recipe, resolved_toml
+from common.recipe import Recipe, find_recipe, load_recipe, load_toml_model, resolved_toml
+from learner.pretraining.recipe import PretrainRecipe
 
 MINIMAL = '[model]\npath = "m"\n[data]\ntrain = "demo"\n'
 
@@ -159,6 +160,50 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         load_recipe(bad)
     with pytest.raises(UserError, match="neither a TOML file nor one of the shipped recipes"):
         find_recipe("no-such-recipe")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("demoo", "there is no recipe 'demoo'; did you mean 'demo'?"),
+        ("./nope-at-all.toml", "the file 'nope-at-all.toml' does not exist."),
+        ("recipes/demoo.toml", "the file 'recipes/demoo.toml' does not exist; did you mean 'demo'?"),
+        (
+            "runs/demo",
+            "'runs/demo' is a folder, not a recipe; that of the run in it is 'runs/demo/recipe.toml'.",
+        ),
+        ("runs", "'runs' is a folder, not a recipe."),
+        ("mine.txt", "'mine.txt' is no recipe: the name of a TOML file ends in '.toml'."),
+        ("mine", "extends: there is no recipe 'pape'; did you mean 'paper'? (in mine.toml)"),
+    ],
+)
+def test_what_is_not_found_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "recipe.toml").touch()
+    (tmp_path / "mine.txt").touch()
+    (tmp_path / "mine.toml").write_text('extends = "pape"\n')
+    with pytest.raises(UserError) as caught:
+        load_recipe(f"{name}.toml" if name == "mine" else name)
+    assert str(caught.value) == words
+
+
+def test_recipes_of_the_two_kinds_are_listed_apart_and_told_apart() -> None:
+    with pytest.raises(
+        UserError, match=r"recipes: .*demo, .*; for `slipstream pretrain`: .*zoo-chat"
+    ) as caught:
+        find_recipe("qqqqq")
+    assert "zoo" not in str(caught.value).partition("; for")[0]
+    with pytest.raises(
+        UserError, match="^'zoo-chat' makes a base model: it is a recipe of `slipstream pretrain`"
+    ):
+        load_recipe("zoo-chat")
+    with pytest.raises(
+        UserError, match="^'demo' trains by reinforcement: it is a recipe of `slipstream run`"
+    ):
+        load_toml_model(PretrainRecipe, find_recipe("demo"))
 
 
 def test_every_setting_says_what_it_is() -> None:
