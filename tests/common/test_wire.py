@@ -178,6 +178,28 @@ def test_async_nobody_there_is_said_in_time() -> None:
     asyncio.run(ask())
 
 
+def test_async_hello_is_said_again_until_the_predecessor_is_gone(
+    start: Callable[[Handler], TinyBroker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "PREDECESSOR_RETRY_S", 0.01)
+    taken = m.Refused(code="not_now", reason="an actor called 'p' is in the run")
+    answers = [taken, taken, m.Ack(reason="in"), taken, m.Refused(code="conflict", reason="never")]
+    broker = start(lambda message, payload: (answers.pop(0), []))
+
+    async def ask() -> m.Message:
+        client = wire.AsyncClient(f"127.0.0.1:{broker.port}", HELLO)
+        try:
+            welcome = (await client.request(client.hello, timeout_s=10)).message
+            with pytest.raises(wire.RefusedError, match="never"):
+                await client.request(client.hello, timeout_s=10)
+            return welcome
+        finally:
+            client.close()
+
+    assert asyncio.run(ask()) == m.Ack(reason="in")
+    assert {message.process for message in broker.seen} == {wire.PROCESS}, "one for all of a process"
+
+
 def unused_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
