@@ -136,6 +136,11 @@ def check_unfinished(recipe: Recipe) -> None:
         )
 
 
+def newest_model(folder: Path) -> Path | None:
+    """The run's newest checkpoint in the format of Hugging Face, or None."""
+    return max(folder.glob("checkpoints/step-*/hf"), default=None)
+
+
 def read_address(folder: Path) -> dict[str, Any] | None:
     """What the broker wrote about itself: `address`, `run`, `pid`, ...; None before it has."""
     try:

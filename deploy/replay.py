@@ -13,10 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import typer
+
+from broker.recording import open_recording
+from broker.state import load_training_set, rules_of
 from common.errors import UserError
 from common.process import die_with_parent
 from common.recipe import Recipe, resolved_toml
-from deploy.folder import RECIPE_FILE, find_folder, read_address, read_recipe
+from deploy.folder import RECIPE_FILE, find_folder, newest_model, read_address, read_recipe
 from deploy.launch.layout import share_out
 from deploy.launch.machine import this_machine
 from deploy.launch.supervisor import first_error
@@ -30,10 +34,12 @@ def start_replay(name: str) -> Path:
     The broker dies with this process, and leaves when the last recorded step is trained.
 
     Raises:
-        UserError: there is no such run, or its broker did not start (`broker.log` of the replay says why).
+        UserError: there is no such run, it kept no record (no folder is made then), or its broker did not start
+            (`broker.log` of the replay says why).
     """
     recorded = find_folder(name)
     recipe = replay_recipe(read_recipe(recorded), recorded)
+    steps = _recorded_steps(recipe, recorded)
     folder = recipe.folder
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(resolved_toml(recipe), encoding="utf-8")
@@ -48,7 +54,20 @@ def start_replay(name: str) -> Path:
             preexec_fn=die_with_parent,
         )
     _wait(broker, folder)
+    typer.echo(f"training on the {steps} recorded steps of '{recorded}', in '{folder}'")
     return folder
+
+
+def say_trained(folder: Path) -> None:
+    """Where a replay that has ended well left its model."""
+    typer.echo(f"trained; the model is in '{newest_model(folder) or folder}'")
+
+
+def _recorded_steps(recipe: Recipe, recorded: Path) -> int:
+    questions = load_training_set(recipe)
+    ledger, store = open_recording(recorded, rules_of(recipe, len(questions)))
+    store.close()
+    return ledger.last_step + 1
 
 
 def _take_learners_share(recipe: Recipe) -> None:
@@ -68,9 +87,8 @@ def _wait(broker: subprocess.Popen, folder: Path) -> None:
     deadline = time.monotonic() + START_S
     while read_address(folder) is None:
         if broker.poll() is not None:
-            raise UserError(
-                first_error(folder / "broker.log") or "its broker did not start.", setting="--replay"
-            )
+            why = first_error(folder / "broker.log") or "its broker did not start."
+            raise UserError(why.removeprefix("--replay: "), setting="--replay")
         if time.monotonic() > deadline:
             raise UserError(f"its broker is not ready after {START_S:.0f} s.", setting="--replay")
         time.sleep(0.05)

@@ -209,14 +209,23 @@ def learner(
         run = str(start_replay(replay))
     address, found_keys = _find_broker(join, run, keys)
     if ranks > 1 and "RANK" not in os.environ:
-        raise typer.Exit(_run_ranks(ranks, address, found_keys, resume))
+        code = _run_ranks(ranks, address, found_keys, resume)
+    else:
+        code = _learn(address, found_keys, resume)
+    if replay is not None and code == 0:
+        from deploy.replay import say_trained
+
+        say_trained(Path(str(run)))
+    leave(code)
+
+
+def _learn(address: str, keys: Path | None, resume: bool) -> int:
     from learner.main import run_learner
 
     try:
-        code = run_learner(address, resume=resume, keys=found_keys)
+        return run_learner(address, resume=resume, keys=keys)
     except (UserError, RunFailedError) as error:
-        code = report(error)
-    leave(code)
+        return report(error)
 
 
 def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int:
