@@ -6,16 +6,20 @@ questions are kept and not answered again. Everything wrong with the request is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from common.errors import UserError
+from common.errors import RunFailedError, UserError
 
 PAPER_BENCHMARKS = ("aime", "amc", "math500", "minerva", "olympiad_bench")
+PAPER_CONTEXT, PAPER_TOKENS = 4096, 3000
 EVAL_ROOT = Path("runs") / "eval"
 
 
@@ -33,7 +37,8 @@ def evaluate(
             "--benchmark",
             "-b",
             metavar="SET",
-            help="Question set: a name, a file or a hub id. Repeatable. Default: the paper's five.",
+            help="Question set: a name, a file or a hub id. Repeatable. Default: the run's `eval.sets`, else the "
+            "paper's five.",
         ),
     ] = None,
     template: Annotated[
@@ -44,16 +49,29 @@ def evaluate(
         int, typer.Option(min=0, help="Sampled responses per question, for pass@k; 0 is one greedy response.")
     ] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled responses.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Budget of a response, in tokens.")] = 3000,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Budget of a response, in tokens. Default: the run's, else 3000, or half of a smaller context.",
+        ),
+    ] = None,
     max_context: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompt + response. Default: 4096, or the model's context if smaller."),
+        typer.Option(
+            help="Tokens of prompt + response. Default: the run's, else 4096, or the model's context if smaller."
+        ),
     ] = None,
     level: Annotated[str, typer.Option(help="Verifier: `fast`, or `full` as the paper evaluates.")] = "full",
-    dtype: Annotated[str, typer.Option(help="`bfloat16` or `float32`.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="`bfloat16` or `float32`. Default: the run's, else bfloat16.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per set at most.")] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder searched for named sets before the hub.")
+        Path | None,
+        typer.Option(
+            help="Folder searched for named sets before the hub. Default: the run's `data.data_dir`."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the confidence intervals.")] = 0,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences decoded at one time.")] = 256,
@@ -77,44 +95,84 @@ def evaluate(
     from deploy.eval_tracking import log_report
 
     check_options(level, "boxed")
-    path, run_template = _model_of(model, run)
-    chosen = template or run_template or "qwen_math"
+    usual = _usual(model, run)
+    path, chosen = usual.model, template or usual.template
     get_template(chosen, model=path)
+    context, budget = _budget(usual, max_context, max_tokens)
     plan = EvalPlan(
         model=path,
         fingerprint=_fingerprint(path),
-        sets=tuple(benchmarks or PAPER_BENCHMARKS),
+        sets=tuple(benchmarks or usual.sets),
         template=chosen,
         samples=samples,
         temperature=temperature,
-        max_tokens=max_tokens,
-        max_context=_context(path, max_context, max_tokens),
+        max_tokens=budget,
+        max_context=context,
         level=level,
-        dtype=dtype,
+        dtype=dtype or usual.dtype,
         limit=limit,
         seed=seed,
         sequences=sequences,
         tensor_parallel=tensor_parallel,
         kv_cache_mb=kv_cache_mb,
     )
-    questions = plan_questions(plan, data_dir)
+    questions = plan_questions(plan, data_dir or usual.data_dir)
     folder = out or EVAL_ROOT / f"{_plain_name(path)}-{plan.digest}"
-    report = run_with_progress(plan, questions, folder)
+    with _engine_may_die():
+        report = run_with_progress(plan, questions, folder)
     show(report, folder)
     if mlflow:
         log_report(report, plan, folder, uri=mlflow_uri)
 
 
-def _model_of(model: str | None, run: str | None) -> tuple[str, str | None]:
-    """The model's path and the template that belongs to it."""
+@dataclass(frozen=True)
+class _Usual:
+    """The model, and what holds where the caller gives nothing else."""
+
+    model: str
+    template: str = "qwen_math"
+    sets: tuple[str, ...] = PAPER_BENCHMARKS
+    dtype: str = "bfloat16"
+    max_tokens: int | None = None
+    max_context: int | None = None
+    data_dir: Path | None = None
+
+
+def _usual(model: str | None, run: str | None) -> _Usual:
     if (model is None) == (run is None):
         raise UserError("give either a MODEL or --run RUN.")
     if model is not None:
-        return model, None
+        return _Usual(model)
     from deploy.folder import find_folder, read_recipe
 
     folder = find_folder(str(run))
-    return str(newest_export(folder)), read_recipe(folder).data.template
+    recipe = read_recipe(folder)
+    return _Usual(
+        model=str(newest_export(folder)),
+        template=recipe.data.template,
+        sets=recipe.eval.sets or PAPER_BENCHMARKS,
+        dtype=recipe.model.dtype,
+        max_tokens=recipe.eval.max_tokens or recipe.rollout.max_tokens,
+        max_context=recipe.model.max_context,
+        data_dir=recipe.data.data_dir,
+    )
+
+
+@contextlib.contextmanager
+def _engine_may_die() -> Iterator[None]:
+    """An engine that dies under the questions, alone or with what waited for it, as one sentence."""
+    from actors.engine import EngineLostError
+
+    try:
+        yield
+    except (EngineLostError, ExceptionGroup) as error:
+        while isinstance(error, ExceptionGroup):
+            lost = error.subgroup(EngineLostError)
+            if lost is None:
+                raise
+            error = lost.exceptions[0]
+        cause = str(error).replace('model.dtype = "float32"', "--dtype float32")
+        raise RunFailedError(f"{cause}; the same command goes on from the answers that are there.") from None
 
 
 def newest_export(folder: Path) -> Path:
@@ -134,23 +192,25 @@ def newest_export(folder: Path) -> Path:
     raise UserError(f"the run in '{folder}' has no exported checkpoint yet.", setting="--run")
 
 
-def _context(path: str, wanted: int | None, max_tokens: int) -> int:
-    """Tokens of prompt + response; also checks that the model exists and has a tokenizer."""
+def _budget(usual: _Usual, max_context: int | None, max_tokens: int | None) -> tuple[int, int]:
+    """Tokens of prompt + response, and of a response; also checks that the model exists and has a tokenizer."""
     from common.model_files import read_shape, require_tokenizer
 
-    largest = read_shape(path).context
-    require_tokenizer(path)
-    context = wanted or min(4096, largest)
+    largest = read_shape(usual.model).context
+    require_tokenizer(usual.model)
+    context = max_context or min(usual.max_context or PAPER_CONTEXT, largest)
     if context > largest:
         raise UserError(
             f"{context} tokens are more than the model's context of {largest}.", setting="--max-context"
         )
-    if max_tokens >= context:
+    default = usual.max_tokens or PAPER_TOKENS
+    budget = max_tokens or (default if default < context else max(1, context // 2))
+    if budget >= context:
         raise UserError(
-            f"{max_tokens} tokens leave no room for a prompt within the context of {context}.",
+            f"{budget} tokens leave no room for a prompt within the context of {context}.",
             setting="--max-tokens",
         )
-    return context
+    return context, budget
 
 
 def _fingerprint(path: str) -> str:

@@ -14,9 +14,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from actors import offline_eval
-from actors.engine import Sample
+from actors.engine import EngineLostError, Sample
 from actors.offline_eval import EvalPlan, answer_all, plan_questions, unanswered
-from common.errors import UserError
+from common.errors import RunFailedError, UserError
 from common.evaluation import AnswerFile
 from deploy import eval as eval_module
 from deploy import eval_screen
@@ -242,6 +242,53 @@ class TestCommand:
         with pytest.raises(UserError, match=message):
             command(*arguments)
         assert FakeEngine.started == 0
+
+    def test_a_run_brings_its_own_settings(self, command, questions_file):
+        run = Path("runs/r")
+        export = run / "checkpoints" / "step-000005" / "hf"
+        export.parent.mkdir(parents=True)
+        Path("models/m").rename(export)
+        (run / "checkpoints" / "latest.json").write_text('{"step": 5, "folder": "step-000005"}')
+        (run / "recipe.toml").write_text(
+            f'[model]\npath = "m"\ndtype = "float32"\nmax_context = 40\n[data]\ntrain = "demo-train"\ntemplate = "no"\n'
+            f'[rollout]\nmax_tokens = 30\n[eval]\nsets = ["{questions_file}"]\n'
+        )
+        assert "88.9" in command("--run", "r", "--no-mlflow")
+        (folder,) = Path("runs/eval").iterdir()
+        kept = json.loads((folder / "settings.json").read_text())
+        assert {name: kept[name] for name in ("dtype", "max_tokens", "max_context", "template")} == {
+            "dtype": "float32",
+            "max_tokens": 30,
+            "max_context": 40,
+            "template": "no",
+        }
+        command("--run", "r", "--no-mlflow", "--dtype", "bfloat16", "--max-tokens", "20")
+        assert FakeEngine.started == 2
+
+    def test_small_models_need_no_budget_named(self, command, questions_file):
+        command("models/m", "-b", questions_file, "--template", "no", "--no-mlflow")
+        (folder,) = Path("runs/eval").iterdir()
+        kept = json.loads((folder / "settings.json").read_text())
+        assert (kept["max_context"], kept["max_tokens"]) == (50, 25)
+
+    @pytest.mark.parametrize("where", ["warm_up", "generate"])
+    def test_an_engine_that_dies_is_one_sentence(self, command, questions_file, monkeypatch, where):
+        async def dies(*arguments):
+            raise EngineLostError('the engine died (SIGILL: model.dtype = "float32" may avoid it)')
+
+        monkeypatch.setattr(FakeEngine, where, dies)
+        with pytest.raises(
+            RunFailedError, match=r"^the engine died \(SIGILL: --dtype float32 may avoid it\); the"
+        ):
+            command("models/m", "-b", questions_file, "--template", "no", "--no-mlflow")
+
+    def test_our_own_defects_keep_their_traceback(self, command, questions_file, monkeypatch):
+        async def fails(*arguments):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(FakeEngine, "generate", fails)
+        with pytest.raises(ExceptionGroup):
+            command("models/m", "-b", questions_file, "--template", "no", "--no-mlflow")
 
     def test_other_settings_in_the_same_folder(self, command, questions_file):
         arguments = ["models/m", "-b", questions_file, "--max-tokens", "20", "--no-mlflow", "--out", "here"]
