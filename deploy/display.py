@@ -16,6 +16,7 @@ from rich.table import Table
 
 from common.recipe import Recipe
 from common.tracking.delivery import tracking_view
+from deploy.folder import newest_model
 from deploy.report import Summary, read_summary
 from deploy.screen import line, screen
 from deploy.watch import Watcher, ask_to_stop
@@ -29,6 +30,7 @@ class Display:
     def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool) -> None:
         self.folder = folder
         self._keys = recipe.broker.keys
+        self._steps = recipe.run.steps
         self._title = f"slipstream: {recipe.run.name}"
         self._console = Console(markup=False, emoji=False)  # what others wrote may have brackets
         self._watcher = Watcher(folder, recipe.broker.keys)
@@ -87,6 +89,11 @@ class Display:
         with (self.folder / "run.log").open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
+    @property
+    def step(self) -> int | None:
+        """The first step that was not committed when the broker answered last."""
+        return self._watcher.latest and self._watcher.latest["step"]
+
     def ask_to_stop(self) -> bool:
         """Ask the broker for an orderly end."""
         return ask_to_stop(self.folder, self._keys, "stopped by the user")
@@ -109,10 +116,17 @@ class Display:
         if summary is None:
             self._console.print(f"no summary was written; see {folder}")
             return
-        self._console.print(_summary_table(summary, folder))
+        self._console.print(_summary_table(summary, folder, self._steps))
 
 
-def _summary_table(summary: Summary, folder: Path) -> Table:
+def _why(summary: Summary, steps: int) -> str:
+    """Why a run ended, where its status alone does not say it."""
+    if summary["status"] == "finished" and summary["steps"] < steps:
+        return f"its questions ran out before step {steps}: raise data.max_epochs, or give it more questions"
+    return "" if summary["reason"] == summary["status"] else summary["reason"]
+
+
+def _summary_table(summary: Summary, folder: Path, steps: int) -> Table:
     table = Table(title=f"{folder.name}: {summary['status']}", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -121,6 +135,10 @@ def _summary_table(summary: Summary, folder: Path) -> Table:
             table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
     counts = ", ".join(f"{name} {count}" for name, count in summary["ledger"].items())
     table.add_row("ledger", counts)
+    if why := _why(summary, steps):
+        table.add_row("why it ended", why)
+    if model := newest_model(folder):
+        table.add_row("model", str(model))
     table.add_row("figure", str(folder / "progress.png"))
     table.add_row("summary", str(folder / "summary.json"))
     return table

@@ -222,7 +222,8 @@ def _stop(supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: 
             break
     supervisor.end(term_s=TERM_S)
     display.say_where()
-    display.say(f"stopped; continue with: slipstream run {display.folder / 'recipe.toml'} --resume")
+    where = "" if display.step is None else f" at step {display.step}"
+    display.say(f"stopped{where}; continue with: slipstream run {display.folder / 'recipe.toml'} --resume")
     return 130
 
 

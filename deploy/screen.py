@@ -21,6 +21,7 @@ EVENTS_SHOWN = 3
 PEERS_SHOWN = 24  # of a thousand: the rest is in --json
 GONE_SHOWN = 3
 BEHIND_SHOWN_S = 15.0
+STEP_PARTS = ("waiting", "training", "publishing", "checkpointing")  # of a step's time, in the learner
 DASH = "–"
 
 
@@ -64,15 +65,20 @@ def _progress(status: Mapping[str, Any], ended: str | None) -> RenderableType:
 
 
 def eta(status: Mapping[str, Any], now: float | None = None) -> str:
-    """Time to the last step at the mean pace so far."""
+    """Time to the last step: at the mean pace so far; of a resumed run, which may have lain still, at the newest step's."""
     first, done = status.get("first_lease_time"), status["step"]
     left = status["steps_total"] - done
     if status["finished"] or left <= 0:
         return "done"
-    if not first or not done or status.get("resumed"):
+    if status.get("resumed"):
+        train = status["train"] or {}
+        pace = sum(train.get(f"seconds_{part}") or 0.0 for part in STEP_PARTS)
+    else:
+        pace = ((now or time.time()) - first) / done if first and done else 0.0
+    if not pace:
         return DASH
-    seconds = ((now or time.time()) - first) / done * left
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    minutes, seconds = divmod(int(pace * left), 60)
+    return f"{minutes}:{seconds:02d}"
 
 
 def _figures(status: Mapping[str, Any]) -> RenderableType:

@@ -8,6 +8,7 @@ import pytest
 
 from common.recipe import Recipe
 from deploy.display import Display
+from deploy.report import write_summary
 from tests.scripted.broker import scripted_recipe
 
 
@@ -24,3 +25,33 @@ def test_what_others_wrote_is_shown_as_it_is(recipe: Recipe, capsys: pytest.Capt
     Display(recipe, recipe.folder, quiet=True).say(said)
     assert capsys.readouterr().out.strip() == said
     assert said in (recipe.folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "steps", "why"),
+    [
+        ("finished", "finished", 5, None),
+        ("finished", "finished", 3, "its questions ran out before step 5"),
+        ("stopped", "slipstream stop", 3, "slipstream stop"),
+    ],
+)
+def test_the_table_at_the_end_says_where_the_model_is_and_why_it_ended(
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    reason: str,
+    steps: int,
+    why: str | None,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for step in (2, 10):
+        (recipe.folder / "checkpoints" / f"step-{step:06d}" / "hf").mkdir(parents=True)
+    write_summary(
+        recipe.folder, {"status": status, "reason": reason, "steps": steps, "ledger": {"leased": 1}}
+    )
+    Display(recipe, recipe.folder, quiet=True).print_summary(recipe.folder)
+    table = capsys.readouterr().out
+    assert f"{recipe.folder}/checkpoints/step-000010/hf" in table
+    assert ("why it ended" in table) == (why is not None)
+    assert why is None or why in table

@@ -1,6 +1,7 @@
 """Every command in README.md and docs/start.md is executed here, as it stands in the text.
 
-The rule. Commands are the lines of fenced blocks, and every inline `slipstream ...` and `make ...`. Each is run by the
+The rule. Commands are the lines of fenced blocks (those of Python aside: tests/learner/test_learner_export.py loads a
+model like that), and every inline `slipstream ...` and `make ...`. Each is run by the
 real command line, in a folder that holds only the shipped models, in this order of preference:
 
 - really, where that takes seconds and needs neither GPU nor cluster: `check`, `status` (against a real broker),
@@ -31,7 +32,7 @@ from tests.scripted.broker import running_broker, scripted_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/start.md")
-FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:slipstream|make) [^`]+)`")
 PLACEHOLDERS = {
     "HOST:PORT": "10.1.2.3:5555",
@@ -48,7 +49,8 @@ def commands() -> list[tuple[str, str]]:
     found: dict[tuple[str, str], None] = {}
     for page in PAGES:
         text = (REPOSITORY / page).read_text(encoding="utf-8")
-        lines = [line for block in FENCED.findall(text) for line in block.splitlines()]
+        blocks = [block for language, block in FENCED.findall(text) if language != "python"]
+        lines = [line for block in blocks for line in block.splitlines()]
         for line in [*lines, *INLINE.findall(FENCED.sub("", text))]:
             for part in line.split("#")[0].split("&&"):
                 if part.strip():

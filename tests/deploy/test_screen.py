@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deploy.screen import GONE_SHOWN, PEERS_SHOWN, screen
+from deploy.screen import DASH, GONE_SHOWN, PEERS_SHOWN, eta, screen
 from deploy.watch import ask_status
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
@@ -95,3 +95,14 @@ def test_before_the_broker_answers() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(screen(None, title="t"))
     assert "starting broker, actors and learner" in console.file.getvalue()
+
+
+def test_time_to_the_end_also_of_a_resumed_run() -> None:
+    """A resumed run may have lain still for days: the pace of its newest step counts."""
+    usual = {"finished": False, "steps_total": 10, "step": 4, "first_lease_time": 100.0, "train": None}
+    assert eta(usual, now=140.0) == "1:00"
+    step = {"seconds_waiting": 1.0, "seconds_training": 10.0, "seconds_publishing": 1.0}
+    assert eta(usual | {"resumed": True, "train": step}, now=1e6) == "1:12"
+    assert eta(usual | {"resumed": True}, now=1e6) == DASH
+    assert eta(usual | {"step": 0}, now=140.0) == DASH
+    assert eta(usual | {"step": 10}) == "done"

@@ -81,7 +81,7 @@ class FakeDisplay:
     """What `_stop` asks of the display; `answers` is how the broker answers each attempt to reach it."""
 
     def __init__(self, folder: Path, answers: list[bool]) -> None:
-        self.folder, self.answers, self.said = folder, answers, []
+        self.folder, self.answers, self.said, self.step = folder, answers, [], 7
 
     def ask_to_stop(self) -> bool:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -140,6 +140,7 @@ def test_ctrl_c_waits_for_the_checkpoint_and_for_no_stuck_actor(
     assert (tmp_path / "checkpoint").exists()
     assert gone(supervisor)
     assert "Ctrl-C again ends everything at once" in display.said[0]
+    assert display.said[-1].startswith("stopped at step 7; continue with: slipstream run ")
     assert display.said[-1].endswith("--resume")
 
 
