@@ -115,14 +115,11 @@ class Ledger(Books):
                 self._lose(group, "handed back")
         return len(held)
 
-    def drop_actor(self, actor: str, reason: str, *, blame: bool = True) -> int:
-        """The actor is gone: its leases come to nothing; `blame` counts that against their questions."""
+    def drop_actor(self, actor: str, reason: str) -> int:
+        """The actor is gone, dead or restarted: its leases come to nothing, and one of them may have killed it."""
         lost = [group for group in self._leased.values() if group.actor == actor]
         for group in lost:
-            if blame:
-                self._lose(group, reason)
-            else:
-                self._put_back(group, reason=reason)
+            self._lose(group, reason)
         return len(lost)
 
     def tick(self, now: float, alive: Callable[[str], bool]) -> list[Group]:

@@ -1,8 +1,8 @@
 """The broker's answers: requests in, replies and state changes out, without sockets or clocks of its own.
 
 Invariant: `receive` never raises and never changes state on a bad request (I8): it is answered with the reason,
-counted against its sender and, past `broker.max_bad_messages`, the sender is shut out until some are forgiven. A request that cannot be
-answered yet waits here, at most as long as its sender said (I4).
+counted against its sender and, past `broker.max_bad_messages`, the sender is shut out until some are forgiven. A
+request that cannot be answered yet waits here, at most as long as its sender said (I4).
 
 The loop calls `receive` for each message, then `settle` once, saves the store, and sends the outbox.
 """
@@ -47,7 +47,6 @@ log = logging.getLogger("slipstream.broker")
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
 COMMON_KINDS = ("heartbeat", "goodbye", "stop", "drain", "stacks", "status_query", "group_query")
-RESTARTED = "restarted"
 SILENT_BEATS = 2.0  # heartbeats missed after which another process may take over an actor's name
 ABSENT_S = 2.0
 SKEW_S = 60.0  # of a peer's clock: more than a heartbeat that was sent again can be late
@@ -215,7 +214,7 @@ class Service:
             if silence < SILENT_BEATS * state.recipe.broker.heartbeat_s:
                 self.outbox.refuse(origin, "not_now", _taken(earlier, silence))
                 return
-            self._remove(earlier, RESTARTED, "came back as another process", now)
+            self._remove(earlier, "restarted", "came back as another process", now)
         if hello.tokenizer is not None and state.tokenizer is None:
             state.tokenizer = hello.tokenizer
             state.changed = True
@@ -342,12 +341,7 @@ class Service:
         if peer.role == "observer":
             return
         state.changed = True
-        lost = 0
-        if peer.role == "actor":
-            blame = (
-                outcome != RESTARTED
-            )  # a person, a deploy or systemd restarts actors: no question is to blame
-            lost = state.ledger.drop_actor(peer.name, f"actor {outcome}", blame=blame)
+        lost = state.ledger.drop_actor(peer.name, f"actor {outcome}") if peer.role == "actor" else 0
         state.evaluations.drop_actor(peer.name)
         self.actors.forget(peer.name)
         again = f"; {lost} leases go to others" if lost else ""

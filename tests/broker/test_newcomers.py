@@ -105,7 +105,7 @@ def test_two_actors_of_one_name_do_not_throw_each_other_out(tmp_path: Path) -> N
 
 
 def test_an_actor_that_was_restarted_is_let_in_once_its_predecessor_is_silent(tmp_path: Path) -> None:
-    recipe = scripted_recipe(tmp_path, broker={"heartbeat_s": 0.3, "dead_after_s": 200.0, "max_attempts": 1})
+    recipe = scripted_recipe(tmp_path, broker={"heartbeat_s": 0.3, "dead_after_s": 200.0, "max_attempts": 2})
     with running_broker(recipe) as address:
         first = Client(address, hello("actor-0", pid=1, process="a"))
         first.connect(10.0)
@@ -115,7 +115,18 @@ def test_an_actor_that_was_restarted_is_let_in_once_its_predecessor_is_silent(tm
         second.connect(30.0)
         second.close()
         questions = status(address)["ledger"]["questions"]
-        assert (questions["pending_again"], questions["given_up"]) == (2, 0), "no question is to blame"
+        assert (questions["pending_again"], questions["given_up"]) == (2, 0)
+
+
+def test_a_question_that_kills_every_actor_is_given_up_however_fast_they_come_back(tmp_path: Path) -> None:
+    recipe = scripted_recipe(tmp_path, broker={"heartbeat_s": 0.1, "dead_after_s": 200.0, "max_attempts": 2})
+    with running_broker(recipe) as address:
+        for process in ("a", "b", "c"):
+            client = Client(address, hello("actor-0", pid=1, process=process))
+            client.connect(30.0)
+            client.request(Lease(capacity=1, version=0, era=0, wait_s=0.0), timeout_s=10.0)
+            client.close()
+        assert status(address)["ledger"]["questions"]["given_up"] == 1
 
 
 def test_a_clock_that_is_off_is_said_once_and_costs_no_lease(tmp_path: Path) -> None:
