@@ -116,7 +116,7 @@ def _questions(recipe: Recipe, notes: list[tuple[str, str]]) -> int | None:
     from deploy.preflight import check_questions
 
     try:
-        return check_questions(recipe)
+        return check_questions(recipe, lambda text: notes.append(("note", text)))
     except UserError as error:
         if not any(
             needs_network(spec, recipe.data.data_dir) for spec in (recipe.data.train, *recipe.eval.sets)

@@ -7,9 +7,11 @@ one `UserError` that names the setting. Nothing is started, written or left open
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
@@ -17,6 +19,8 @@ from common.model_files import ModelShape, read_shape, require_tokenizer
 from common.recipe import Recipe
 from common.telemetry import visible_gpus
 from deploy.memory import actor_memory, free_host_bytes, learner_memory, smallest_gpu_bytes
+
+log = logging.getLogger("slipstream.preflight")
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18  # state, master weights and the Hugging Face export, per checkpoint
 MIB = 1 << 20
@@ -75,9 +79,14 @@ def check_template(recipe: Recipe) -> None:
     get_template(recipe.data.template)
 
 
-def check_questions(recipe: Recipe) -> int:
-    """Every question set loads and has the named fields; returns the number of training questions."""
+def check_questions(recipe: Recipe, note: Callable[[str], object] = log.warning) -> int:
+    """Every question set loads and has the named fields; returns the number of training questions.
+
+    Args:
+        note: is given what is odd, but no reason to refuse (the paper's MATH-12K has two empty gold answers).
+    """
     from common.tasks.from_recipe import held_out_questions, training_questions
+    from common.tasks.sets import doubtful_golds
 
     train = training_questions(recipe)
     if len(train) < recipe.batch.questions_per_step:
@@ -86,7 +95,10 @@ def check_questions(recipe: Recipe) -> int:
             f"(batch.questions_per_step = {recipe.batch.questions_per_step}).",
             setting="data.train",
         )
-    held_out_questions(recipe)
+    named = {recipe.data.train: train} | held_out_questions(recipe)
+    for name, questions in named.items():
+        for phrase in doubtful_golds(questions):
+            note(f"question set '{name}': {phrase}.")
     return len(train)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from common.errors import UserError
 from common.recipe import Recipe
-from common.tasks.sets import QuestionSet, load_questions
+from common.tasks.sets import MissingFieldError, QuestionSet, load_questions
 
 
 def training_questions(recipe: Recipe) -> QuestionSet:
@@ -23,6 +23,9 @@ def training_questions(recipe: Recipe) -> QuestionSet:
             levels=data.levels,
             limit=data.limit,
         )
+    except MissingFieldError as error:
+        hint = f"name the right one in data.{error.role}_field"
+        raise UserError(f"{error}: {hint}.", setting="data.train") from None
     except UserError as error:
         raise UserError(str(error), setting="data.train") from None
 
@@ -34,5 +37,8 @@ def held_out_questions(recipe: Recipe) -> dict[str, QuestionSet]:
             name: load_questions(name, data_dir=recipe.data.data_dir, limit=recipe.eval.limit)
             for name in recipe.eval.sets
         }
+    except MissingFieldError as error:
+        hint = f"sets of eval.sets have it under the name '{error.role}'"
+        raise UserError(f"{error}: {hint}.", setting="eval.sets") from None
     except UserError as error:
         raise UserError(str(error), setting="eval.sets") from None

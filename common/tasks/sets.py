@@ -43,6 +43,18 @@ class QuestionSet:
         return self.rows[index]
 
 
+class MissingFieldError(UserError):
+    """A row lacks the field with its question or its gold answer.
+
+    Attributes:
+        role: "problem" or "answer".
+    """
+
+    def __init__(self, message: str, role: str) -> None:
+        super().__init__(message)
+        self.role = role
+
+
 @dataclass(frozen=True)
 class PaperSet:
     """Where a set of the paper lives (paper section 1.4).
@@ -125,6 +137,7 @@ def load_questions(
 
     Raises:
         UserError: unknown name, missing file or field, unusable row, no network, or nothing left.
+        MissingFieldError: a row lacks a field.
     """
     if spec in minimath.SETS:
         rows: Iterable[Row] = (asdict(q) for q in minimath.minimath(spec))
@@ -139,6 +152,24 @@ def load_questions(
     return _finish(spec, rows, levels, limit)
 
 
+def doubtful_golds(questions: Iterable[Row]) -> list[str]:
+    """What is odd about the gold answers of a set, as phrases with a count: some can never be right as they stand."""
+    rows = list(questions)
+    empty = sum(str(row["answer"]).strip() == "" for row in rows)
+    worked = sum("####" in str(row["answer"]) for row in rows)
+    phrases = []
+    if empty:
+        phrases.append(
+            f"{empty:,} of {len(rows):,} gold answers are empty: no response to these is ever right"
+        )
+    if worked:
+        phrases.append(
+            f"{worked:,} of {len(rows):,} gold answers contain '####', as GSM8K's solutions do: keep only what "
+            "follows it"
+        )
+    return phrases
+
+
 def needs_network(spec: str, data_dir: str | Path | None = None) -> bool:
     """Whether a set can only come from the hub: a hub id, or a paper set that the data folder lacks."""
     if spec in PAPER_SETS:
@@ -148,16 +179,17 @@ def needs_network(spec: str, data_dir: str | Path | None = None) -> bool:
 
 
 def _finish(name: str, rows: Iterable[Row], levels: Iterable[int] | None, limit: int | None) -> QuestionSet:
-    if levels is not None:
-        wanted = set(levels)
-        rows = (row for row in rows if row.get("level") in wanted)
-    kept = []
+    wanted = None if levels is None else set(levels)
+    kept, empty = [], True
     for row in rows:
+        empty = False
         if limit is not None and len(kept) >= limit:
             break
-        kept.append(row)
+        if wanted is None or row.get("level") in wanted:
+            kept.append(row)
     if not kept:
-        raise UserError(f"question set '{name}' has no question left after limit and levels")
+        why = "holds no question" if empty else "has no question of the levels that are asked for"
+        raise UserError(f"question set '{name}' {why}")
     return QuestionSet(name, tuple(kept))
 
 
@@ -259,10 +291,11 @@ def _checked(
     name: str, raw: Iterable[Mapping[str, Any]], problem: str, answer: str, answer_after: str | None
 ) -> Iterator[Row]:
     for index, source in enumerate(raw):
-        for wanted in (problem, answer):
+        for role, wanted in (("problem", problem), ("answer", answer)):
             if wanted not in source:
-                raise UserError(
-                    f"question set '{name}', row {index}: no field '{wanted}'; it has {', '.join(source)}"
+                raise MissingFieldError(
+                    f"question set '{name}', row {index}: no field '{wanted}'; it has {', '.join(source)}",
+                    role,
                 )
         text, gold = source[problem], source[answer]
         if isinstance(gold, str) and answer_after is not None:

@@ -278,3 +278,17 @@ def test_reward_whose_module_fails_in_its_own_way(recipe: Path, monkeypatch: pyt
     loaded = load_recipe(recipe, ["data.reward='broken_reward:f'"])
     with pytest.raises(UserError, match=r"^data\.reward: cannot load .*ZeroDivisionError"):
         preflight.check_reward(loaded)
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_gold_answers_that_are_never_right_are_noted_and_not_refused(recipe: Path, verb: str) -> None:
+    questions = recipe.parent / "questions.jsonl"
+    rows = [{"problem": f"{n}+1", "answer": "" if n == 3 else f"we add #### {n + 1}"} for n in range(8)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # `run` is refused for something that is looked at later: nothing is started
+    late = ["--set", 'data.train="questions.jsonl"', *(["--resume"] if verb == "run" else [])]
+    done = slipstream(verb, str(recipe), *late, cwd=recipe.parent)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "1 of 8 gold answers are empty" in said
+    assert "7 of 8 gold answers contain '####'" in said
+    assert done.returncode == (0 if verb == "check" else 2)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.recipe import Recipe
 from common.tasks import sets
-from common.tasks.sets import load_questions
+from common.tasks.from_recipe import held_out_questions, training_questions
+from common.tasks.sets import doubtful_golds, load_questions
 
 SHARED = Path(os.environ.get("SLIPSTREAM_SHARED", Path(__file__).resolve().parents[3].parent / "shared"))
 ROWS = [
@@ -43,10 +45,36 @@ def test_integers_that_no_message_holds_become_text(tmp_path: Path) -> None:
     assert load_questions(str(path))[0]["answer"] == [str(10**30), 2**62]
 
 
+def test_gold_answers_that_are_never_right_are_counted() -> None:
+    rows = [{"answer": answer} for answer in ("", "we add\n#### 7", " ", 7, ["7"])]
+    empty, worked = doubtful_golds(rows)
+    assert empty.startswith("2 of 5 gold answers are empty")
+    assert worked.startswith("1 of 5 gold answers contain '####'")
+    assert doubtful_golds(rows[3:]) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "setting"),
+    [
+        ({"question": "q", "answer": 1}, "data.problem_field"),
+        ({"problem": "q", "gold": 1}, "data.answer_field"),
+    ],
+)
+def test_a_field_that_a_recipe_can_name(row: dict, setting: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    tree = {"model": {"path": "m"}, "data": {"train": str(path)}, "eval": {"sets": [str(path)]}}
+    recipe = Recipe.model_validate(tree)
+    with pytest.raises(UserError, match=rf"^data\.train: .*name the right one in {setting}\.$"):
+        training_questions(recipe)
+    with pytest.raises(UserError, match=r"^eval\.sets: .*have it under the name '(problem|answer)'\.$"):
+        held_out_questions(recipe)
+
+
 def test_levels_and_limit(file: Path) -> None:
     assert [r["problem"] for r in load_questions(str(file), levels=[3, 5])] == ["1+1=?", "1/2=?"]
     assert len(load_questions(str(file), levels=[3, 5], limit=1)) == 1
-    with pytest.raises(UserError, match="no question left"):
+    with pytest.raises(UserError, match="no question of the levels"):
         load_questions(str(file), levels=[4])
 
 
@@ -103,7 +131,7 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
         ('{"problem": "q", "answer": true}', "'answer' is not a string"),
         ('{"problem": "q", "answer": ["2", false]}', "'answer' is not a string"),
         ('{"problem": "q", "answer": NaN}', "'answer' is not a string, a finite number"),
-        ("", "no question left"),
+        ("", "holds no question"),
     ],
 )
 def test_unusable_files_are_refused_in_one_sentence(content: str, message: str, tmp_path: Path) -> None:
