@@ -36,7 +36,7 @@ def show_group(console: Any, address: str, keys: Path | None, name: str) -> None
     if view.header is None or not reply.payload:
         console.print("its responses are not kept any more, or not there yet")
         return
-    table = Table("verdict", "reward", "tokens", "finish", "versions", "mean log-prob", "response")
+    table = Table("verdict", "reward", "tokens", "finish", "versions (tokens)", "mean log-prob", "response")
     for row in _responses(view.header, reply, _decoder(welcome.recipe["model"]["path"])):
         table.add_row(*row)
     console.print(table)
@@ -56,7 +56,7 @@ def _responses(header: GroupHeader, reply: Reply, decode: Any) -> list[tuple[str
     for response in header.responses:
         part = slice(start, start + response.tokens)
         start += response.tokens
-        versions = " ".join(f"{version}x{count}" for version, count in response.versions)
+        versions = ", ".join(f"{version} ({count})" for version, count in response.versions)
         rows.append(
             (
                 response.verdict,

@@ -14,6 +14,11 @@ import typer
 
 from deploy.check import RecipeArgument, SetOption
 
+ASSUMED = (
+    "assumed rates of A100s, not measured on any GPU here; --from RUN takes those of a recorded run, of this machine for "
+    "example. Evaluations are left out"
+)
+
 if TYPE_CHECKING:
     from common.model_files import ModelShape
     from common.recipe import Recipe
@@ -282,9 +287,7 @@ def _assumed(
         "workload": _describe(workload),
         "rows": rows,
         "recommended": rows[0]["actors"] if rows else None,
-        "notes": list(
-            dict.fromkeys(["assumed rates: not measured on any GPU here; evaluations are left out", *notes])
-        ),
+        "notes": list(dict.fromkeys([ASSUMED, *notes])),
     }
 
 

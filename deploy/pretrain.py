@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from common.recipe import find_recipe
+from common.recipe import find_recipe, load_toml_model
+from learner.pretraining.recipe import PretrainRecipe
 
 LINES = 20  # of progress in a log, where no bar can be drawn
 
@@ -23,12 +24,11 @@ def pretrain(
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Train a small Qwen2-architecture base model on MiniMath text and print what it can do."""
-    # torch and transformers take seconds to import: not before the recipe is known to exist.
-    path = find_recipe(recipe)
+    # torch and transformers take seconds to import: not before the recipe is known to be right.
+    resolved = load_toml_model(PretrainRecipe, find_recipe(recipe), overrides or [])
     _quiet()
     from learner import pretrain as stage
 
-    resolved = stage.load_pretrain_recipe(path, overrides or [])
     console = Console()
     with _progress(console) as bar:
         task = bar.add_task("pretraining", total=resolved.train.steps, loss="", speed="")

@@ -62,6 +62,12 @@ def _find_broker(join: str | None, run: str | None, keys: Path | None) -> tuple[
 
 def _wait_for_broker(folder: Path, address: str, keys: Path | None) -> None:
     """Wait until the run's broker answers, for as long as the run has not ended: a queued job may hold it."""
+    if _has_ended(folder):
+        logging.getLogger("slipstream").warning(
+            "the run in '%s' has ended; waiting %.0f s for somebody who goes on with it",
+            folder,
+            ASK_FOR_BROKER_S,
+        )
     while not _broker_answers(folder, address, keys):
         if _has_ended(folder):
             raise UserError(f"the run in '{folder}' has ended: nobody serves it.", setting="--run")

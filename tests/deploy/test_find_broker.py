@@ -41,13 +41,14 @@ def test_a_broker_that_comes_later_is_found(tmp_path):
     assert found == [(f"file:{(recipe.folder / 'broker.json').resolve()}", None)]
 
 
-def test_the_broker_of_an_ended_run_is_not_waited_for(tmp_path):
+def test_the_broker_of_an_ended_run_is_not_waited_for(tmp_path, caplog):
     recipe = prepared(tmp_path)
     (recipe.folder / "broker.json").write_text('{"address": "127.0.0.1:9"}')
     end = recipe.folder / "metrics.jsonl"
     end.write_text('{"time": %f, "kind": "end", "step": 5, "values": {}}\n' % (time.time() + 1.0))
     with pytest.raises(UserError, match=r"--run: the run in .* has ended"):
         _find_broker(None, str(recipe.folder), None)
+    assert "has ended; waiting" in caplog.text, "said before anybody waits"
 
 
 def test_the_broker_of_a_run_that_goes_on_after_its_end_is_waited_for(tmp_path):

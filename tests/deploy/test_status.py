@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from deploy.stop import stop
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
 from tests.scripted.learner import ScriptedLearner
+from tests.scripted.wait import until
 
 app = typer.Typer()
 app.command()(status)
@@ -71,6 +73,21 @@ def test_a_finished_run_is_shown_as_it_was_in_the_end(finished: Path) -> None:
 def test_groups_are_only_shown_of_a_run_that_is_served(finished: Path, options: list[str]) -> None:
     with pytest.raises(UserError, match="is not running"):
         said(finished, *options)
+
+
+def test_a_group_says_how_many_tokens_are_of_which_version(tmp_path: Path) -> None:
+    recipe = scripted_recipe(tmp_path)
+    prepare(recipe, resume=False, fresh=False)
+    with running_broker(recipe) as address:
+        actor = ScriptedActor(address, "actor-0")
+        threading.Thread(target=actor.run, daemon=True).start()
+        until(lambda: json.loads(said(recipe.folder, "--json"))["ledger"]["buffered"] == 8)
+        rows = json.loads(said(recipe.folder, "--json", "--groups"))["groups"]
+        name = next(row["group"] for row in rows if row["state"] == "buffered")
+        shown = said(recipe.folder, "--group", name)
+        actor.stop()
+    assert "versions (tokens)" in shown
+    assert re.search(r"│ 0 \(\d+\) +│", shown), shown
 
 
 def test_a_killed_run_is_not_running_and_how_it_goes_on_is_said(
