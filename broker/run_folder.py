@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import replace_json
 
 ADDRESS_FILE = "broker.json"
 LOCK_FILE = "broker.lock"
@@ -53,12 +53,7 @@ class Claim:
 
     def announce(self, **facts: Any) -> None:
         """Write `broker.json` atomically: where this broker is."""
-        path = self.folder / ADDRESS_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({**facts, "pid": os.getpid(), "started": time.time()}), encoding="utf-8"
-        )
-        os.replace(temporary, path)
+        replace_json(self.folder / ADDRESS_FILE, {**facts, "pid": os.getpid(), "started": time.time()})
 
     def release(self) -> None:
         """Give the folder free. The address goes first: nobody shall wait at a door behind which nobody is."""

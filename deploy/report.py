@@ -7,11 +7,11 @@ was trained again after a rewind counts once, as it was trained last. What was n
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import replace_json
 from common.tracking.spool import Record, read_spool
 
 Summary = dict[str, Any]
@@ -118,9 +118,7 @@ def _last(values: Sequence[float]) -> float | None:
 def write_summary(folder: Path, summary: Summary) -> Path:
     """Write summary.json, whole or not at all."""
     path = folder / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_json(path, summary, indent=2)
     return path
 
 

@@ -16,7 +16,6 @@ of the responses within a step is a function of seed and step (`learner.batch`) 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from common.errors import RunFailedError, UserError
+from common.files import replace_json
 from common.recipe.schema import Recipe
 from learner.durable import cut_short, damage_of, to_disk
 from learner.engine import Engine
@@ -157,7 +157,7 @@ class Checkpoints:
         partial.rename(target)
         to_disk(self.folder)
         try:
-            self._point_at(step, target)
+            replace_json(self.folder / POINTER, {"step": step, "folder": target.name}, durable=True)
         except OSError as error:
             log.warning("%s still names an earlier checkpoint: %s", self.folder / POINTER, error)
 
@@ -188,14 +188,6 @@ class Checkpoints:
         if self._ranks.leads:
             shutil.rmtree(partial, ignore_errors=True)
             log.warning("no checkpoint was written to %s (%s): the one before stays", self.folder, reason)
-
-    def _point_at(self, step: int, target: Path) -> None:
-        temporary = self.folder / f"{POINTER}.new"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"step": step, "folder": target.name}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / POINTER)
 
     # --- loading ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ can so say what MLflow does not have yet without asking MLflow or the tracker.
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from common.files import replace_json
 from common.tracking.spool import SPOOL, read_spool
 
 FILE = "tracking.json"
@@ -53,9 +53,7 @@ class Delivery:
 
     def save(self, folder: Path) -> None:
         """Write it down."""
-        temporary = folder / f"{FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(temporary, folder / FILE)
+        replace_json(folder / FILE, asdict(self))
 
 
 def tracking_view(folder: Path, now: float | None = None) -> dict[str, Any] | None:

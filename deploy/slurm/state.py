@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import replace_json
 
 STATE_FILE = "state.json"
 
@@ -43,10 +43,7 @@ class State:
 
 def write_state(folder: Path, state: State) -> None:
     """Replace the state of the run in `folder`."""
-    path = folder / "slurm" / STATE_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_json(folder / "slurm" / STATE_FILE, asdict(state), indent=2)
 
 
 def read_state(folder: Path) -> State:

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(checkpoints, engine, error):
 
 def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(checkpoints, engine):
     checkpoints.save(engine, 2, lambda _: None)
-    (checkpoints.folder / "latest.json.new").mkdir()
+    (checkpoints.folder / "latest.json.tmp").mkdir()
     assert checkpoints.save(engine, 4, lambda _: None).step == 4
     assert steps(checkpoints) == [2, 4]
     assert json.loads((checkpoints.folder / "latest.json").read_text())["step"] == 2
