@@ -55,9 +55,11 @@ def run(
         check_client(loaded.broker.keys)
     if resume:
         check_unfinished(loaded)
-        _say_what_changes(loaded)
+    changes = _what_changes(loaded) if resume else []
     before = _recipe_text(loaded.folder) if resume else None
     folder = prepare(loaded, resume=resume, fresh=fresh)
+    for line in changes:
+        typer.echo(line)
     code = run_here(loaded, folder, resume=resume, quiet=quiet)
     if code == EXIT_USER_ERROR and before is not None:
         # A worker refused what changed: the folder's own recipe is what the run goes on with.
@@ -72,28 +74,26 @@ def _recipe_text(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _say_what_changes(recipe: Recipe) -> None:
+def _what_changes(recipe: Recipe) -> list[str]:
     """Name the settings that a resumed run had otherwise until now: those of an earlier --set are easily forgotten."""
     from common.errors import UserError
     from common.tracking.tables import flatten
     from deploy.folder import RECIPE_FILE, holds_a_run, read_recipe
 
     if not holds_a_run(recipe.folder):
-        return
+        return []
     try:
         before = flatten(read_recipe(recipe.folder).model_dump(mode="json"))
     except UserError as error:  # written by another release
-        typer.echo(f"what the run was started with cannot be compared: {error}")
-        return
+        return [f"what the run was started with cannot be compared: {error}"]
     now = flatten(recipe.model_dump(mode="json"))
     keys = sorted(key for key in before.keys() | now.keys() if key != "run.root")
     changed = [key for key in keys if before.get(key) != now.get(key)]
-    for key in changed:
-        typer.echo(f"resumed with {key} = {now.get(key)!r}; until now {before.get(key)!r}")
+    lines = [f"resumed with {key} = {now.get(key)!r}; until now {before.get(key)!r}" for key in changed]
     if changed:
-        typer.echo(
-            f"to go on with everything as it was: slipstream run {recipe.folder / RECIPE_FILE} --resume"
-        )
+        again = f"slipstream run {recipe.folder / RECIPE_FILE} --resume"
+        lines.append(f"to go on with everything as it was: {again}")
+    return lines
 
 
 def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:

@@ -16,30 +16,24 @@ from deploy.folder import ADDRESS_FILE, RECIPE_FILE, check_unfinished, prepare, 
 from tests.scripted.broker import running_broker, scripted_recipe
 
 
-def test_settings_of_an_earlier_start_that_are_not_given_again_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_of_an_earlier_start_that_are_not_given_again_are_named(tmp_path: Path) -> None:
     root = f"run.root='{tmp_path}'"
     folder = prepare(load_recipe("demo", [root, "learner.lr=0.5"]), resume=False, fresh=False)
-    run._say_what_changes(load_recipe("demo", [root]))
-    said = capsys.readouterr().out.splitlines()
     lr = load_recipe("demo").learner.lr
-    assert said == [
+    assert run._what_changes(load_recipe("demo", [root])) == [
         f"resumed with learner.lr = {lr}; until now 0.5",
         f"to go on with everything as it was: slipstream run {folder / RECIPE_FILE} --resume",
     ]
-    run._say_what_changes(load_recipe(folder / RECIPE_FILE))
-    assert capsys.readouterr().out == "", "the folder's own recipe keeps everything"
+    assert not run._what_changes(load_recipe(folder / RECIPE_FILE)), (
+        "the folder's own recipe keeps everything"
+    )
 
 
-def test_a_recipe_of_another_release_is_no_obstacle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recipe_of_another_release_is_no_obstacle(tmp_path: Path) -> None:
     recipe = load_recipe("demo", [f"run.root='{tmp_path}'"])
     folder = prepare(recipe, resume=False, fresh=False)
     (folder / RECIPE_FILE).write_text("[launch]\nno_such_setting = 1\n")
-    run._say_what_changes(recipe)
-    assert "cannot be compared: " in capsys.readouterr().out
+    assert "cannot be compared: " in run._what_changes(recipe)[0]
 
 
 # --- a run that is served, and one that would be refused -----------------------------------------------------
@@ -80,7 +74,11 @@ def test_what_may_not_change_within_a_run_is_refused_before_the_recipe_is_writte
 
 @pytest.mark.parametrize(("code", "lr"), [(2, 1e-6), (1, 0.5), (0, 0.5)])
 def test_a_recipe_that_a_worker_refuses_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, lr: float
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    lr: float,
 ) -> None:
     """The learner's checkpoint knows more of what may not change."""
     root = f"run.root='{tmp_path}'"
@@ -89,6 +87,7 @@ def test_a_recipe_that_a_worker_refuses_is_not_kept(
     monkeypatch.setattr(preflight, "preflight", lambda _: None)
     with pytest.raises(typer.Exit) as ended:
         run.run("demo", [root, "learner.lr=0.5"], resume=True)
+    assert "resumed with learner.lr = 0.5; until now 1e-06" in capsys.readouterr().out
     assert (ended.value.exit_code, read_recipe(folder).learner.lr) == (code, lr)
 
 
