@@ -2,8 +2,9 @@
 
 Invariant: a folder named `step-N` is complete, because it gets its name last, after its files are on the disk;
 whatever a crash or a full disk leaves behind has another name and is never chosen. A checkpoint that might still be
-wanted (ahead of the ledger, or damaged) is renamed, never deleted, until a later one is safe. The pointer `latest.json` is replaced atomically after it, for
-people and tools. The checkpoint of step N is the state *before* step N: N steps are done, the policy is version N.
+wanted (ahead of the ledger, or damaged) is renamed, never deleted, until a later one is safe. The pointer
+`latest.json` is replaced atomically after it, for people and tools. The checkpoint of step N is the state *before*
+step N: N steps are done, the policy is version N.
 
     checkpoints/
         latest.json             {"step": N, "folder": "step-00000N"}
