@@ -72,7 +72,7 @@ class Display:
             self._live.update(screen(status, title=self._title), refresh=True)
         elif status is not None and (status["step"], status["version"]) != self._said_step:
             self._said_step = (status["step"], status["version"])
-            self._console.print(line(status), highlight=False)
+            self._console.print(line(status), highlight=False, soft_wrap=True)
 
     def broker_silent_s(self) -> float:
         """Seconds since the broker last answered; 0 before its first answer."""

@@ -103,6 +103,8 @@ def _idle_share(points: Points) -> float | None:
 
 
 def _actor_rate(final: Mapping[str, Any], seconds: float | None) -> float | None:
+    if final.get("resumed"):  # its peers were counted since the last start only, its seconds since the first
+        return None
     tokens = sum(peer["tokens"] for peer in final["peers"].values() if peer["role"] == "actor")
     return tokens / seconds if seconds else None
 

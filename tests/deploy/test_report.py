@@ -51,6 +51,8 @@ def test_summary_of_a_run(folder: Path) -> None:
     assert summary["reward_last"] == 0.4
     assert summary["learner_idle_share"] == 0.25
     assert summary["actor_tokens_per_s"] == 50.0
+    resumed = summarise(folder, END | {"final": FINAL | {"resumed": True}})
+    assert resumed["actor_tokens_per_s"] is None, "tokens of the last start over the seconds of all"
     assert summary["mismatch_max"] is None
     write_summary(folder, summary)
     assert read_summary(folder) == json.loads(json.dumps(summary))
