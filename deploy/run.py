@@ -98,6 +98,7 @@ def _what_changes(recipe: Recipe) -> list[str]:
 
 def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     """Launch, watch and end a run whose folder is prepared; returns the exit code."""
+    from broker.run_folder import is_served
     from deploy.display import Display
     from deploy.folder import ADDRESS_FILE
     from deploy.launch.supervisor import Supervisor
@@ -121,7 +122,8 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
             _let_leave(supervisor, interrupts)
     finally:
         supervisor.end(term_s=TERM_S)
-        address.unlink(missing_ok=True)  # a broker that had to be killed has left it behind
+        if not is_served(folder):  # by the broker of another launcher, that came first
+            address.unlink(missing_ok=True)  # one that had to be killed has left it behind
     return _conclude(supervisor, display, folder)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from broker.run_folder import Claim
+from broker.run_folder import Claim, is_served
 from common.errors import UserError
 
 
@@ -20,6 +21,20 @@ def test_a_folder_that_is_served(tmp_path: Path) -> None:
             Claim(tmp_path, resume=True)
     finally:
         claim.release()
+
+
+def test_who_only_asks_keeps_no_broker_out(tmp_path: Path) -> None:
+    """Asking takes the lock for an instant, together with others who ask."""
+    Claim(tmp_path, resume=True).release()
+    asking = os.open(tmp_path / "broker.lock", os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    assert not is_served(tmp_path)
+    threading.Timer(0.1, os.close, (asking,)).start()
+    claim = Claim(tmp_path, resume=True)
+    assert is_served(tmp_path)
+    claim.release()
+    assert not is_served(tmp_path)
+    assert not is_served(tmp_path / "none")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
