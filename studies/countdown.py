@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.recipe import find_recipe
 from common.tasks.countdown import FORMAT_REWARD, countdown, reward
@@ -119,12 +118,6 @@ class Countdown(Study):
         band(right, train, "step", "length", smooth=7)
         left.set(title="shaped reward", xlabel="step", ylabel="reward")
         right.set(title="response length", xlabel="step", ylabel="tokens")
-
-
-def reward_of_text(response: str, question: Mapping[str, Any]) -> float:
-    """The shaped reward for a question that has only its text: a question set on disk keeps no `numbers`."""
-    given = question["problem"].partition(" once each")[0]
-    return reward(response, {**question, "numbers": [int(number) for number in re.findall(r"\d+", given)]})
 
 
 def documents(rng: random.Random) -> Iterator[Document]:

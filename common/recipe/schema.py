@@ -293,7 +293,8 @@ class BrokerSection(Section):
         3600.0, description="Seconds an actor may hold a group at all, signs of life or not (I4)."
     )
     max_bad_messages: PositiveInt = Field(
-        100, description="Malformed messages after which a peer is shut out (I8); half are forgiven each minute."
+        100,
+        description="Malformed messages after which a peer is shut out (I8); half are forgiven each minute.",
     )
     final_eval_s: PositiveFloat = Field(
         600.0, description="Seconds after the last step that the run waits for its last evaluation."

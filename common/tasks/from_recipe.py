@@ -22,6 +22,7 @@ def training_questions(recipe: Recipe) -> QuestionSet:
             answer_field=data.answer_field,
             levels=data.levels,
             limit=data.limit,
+            all_fields=_wants_all_fields(recipe),
         )
     except MissingFieldError as error:
         hint = f"name the right one in data.{error.role}_field"
@@ -34,7 +35,12 @@ def held_out_questions(recipe: Recipe) -> dict[str, QuestionSet]:
     """The sets of `recipe.eval`, by name; raises UserError that names eval.sets."""
     try:
         return {
-            name: load_questions(name, data_dir=recipe.data.data_dir, limit=recipe.eval.limit)
+            name: load_questions(
+                name,
+                data_dir=recipe.data.data_dir,
+                limit=recipe.eval.limit,
+                all_fields=_wants_all_fields(recipe),
+            )
             for name in recipe.eval.sets
         }
     except MissingFieldError as error:
@@ -42,3 +48,8 @@ def held_out_questions(recipe: Recipe) -> dict[str, QuestionSet]:
         raise UserError(f"{error}: {hint}.", setting="eval.sets") from None
     except UserError as error:
         raise UserError(str(error), setting="eval.sets") from None
+
+
+def _wants_all_fields(recipe: Recipe) -> bool:
+    """Whether the reward is somebody's own, which may look at any field of a row."""
+    return recipe.data.reward != "math"

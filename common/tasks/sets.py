@@ -122,6 +122,7 @@ def load_questions(
     answer_field: str | None = None,
     levels: Iterable[int] | None = None,
     limit: int | None = None,
+    all_fields: bool = False,
 ) -> QuestionSet:
     """Loads a question set.
 
@@ -134,6 +135,7 @@ def load_questions(
         answer_field: field with the gold answer; default `answer`.
         levels: keep only rows of these levels (of `level`: a number, or text such as `Level 3`).
         limit: keep only the first rows, after the filter.
+        all_fields: keep every field that a message can hold, for a reward of one's own; else those that we know.
 
     Raises:
         UserError: unknown name, missing file or field, unusable row, no network, or nothing left.
@@ -145,10 +147,11 @@ def load_questions(
     if spec in PAPER_SETS:
         raw, paper = _open_paper_set(spec, data_dir)
         problem, answer = problem_field or paper.problem, answer_field or paper.answer
-        rows = _checked(spec, raw, problem, answer, paper.answer_after)
+        rows = _checked(spec, raw, problem, answer, paper.answer_after, all_fields)
     else:
         raw = _open_path(Path(spec), split) if _is_local(spec) else _open_hub(spec, split)
-        rows = _checked(Path(spec).name, raw, problem_field or "problem", answer_field or "answer", None)
+        names = problem_field or "problem", answer_field or "answer"
+        rows = _checked(Path(spec).name, raw, *names, None, all_fields)
     return _finish(spec, rows, levels, limit)
 
 
@@ -288,7 +291,12 @@ def _guarded(name: str, load: Any) -> Any:
 
 
 def _checked(
-    name: str, raw: Iterable[Mapping[str, Any]], problem: str, answer: str, answer_after: str | None
+    name: str,
+    raw: Iterable[Mapping[str, Any]],
+    problem: str,
+    answer: str,
+    answer_after: str | None,
+    all_fields: bool,
 ) -> Iterator[Row]:
     for index, source in enumerate(raw):
         for role, wanted in (("problem", problem), ("answer", answer)):
@@ -302,7 +310,8 @@ def _checked(
             gold = gold.rpartition(answer_after)[2].strip()
         _check_values(name, index, problem, text, answer, gold)
         row: Row = {"uid": f"{name}/{index}", "problem": text, "answer": _sendable(gold)}
-        row.update({key: source[key] for key in _KEPT if key in source and key not in row})
+        more = [key for key in source if _is_plain(source[key])] if all_fields else _KEPT
+        row.update({key: _sendable(source[key]) for key in more if key in source and key not in row})
         if "level" in row:
             row["level"] = _level(row["level"])
         yield row
@@ -324,11 +333,22 @@ def _is_number(gold: Any) -> bool:
     return isinstance(gold, int) and not isinstance(gold, bool)
 
 
-def _sendable(gold: Any) -> Any:
+def _is_plain(value: Any) -> bool:
+    """Whether a message can hold a value: JSON's types, and no number that is not finite."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    return value is None or isinstance(value, str | bool | int) or _is_number(value)
+
+
+def _sendable(value: Any) -> Any:
     """Integers beyond 64 bits as text, which the verifier reads alike: no message holds them."""
-    if isinstance(gold, list):
-        return [_sendable(item) for item in gold]
-    return str(gold) if isinstance(gold, int) and gold.bit_length() > 63 else gold
+    if isinstance(value, list):
+        return [_sendable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _sendable(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, int) and value.bit_length() > 63 else value
 
 
 def _level(value: Any) -> int | None:

@@ -45,6 +45,28 @@ def test_integers_that_no_message_holds_become_text(tmp_path: Path) -> None:
     assert load_questions(str(path))[0]["answer"] == [str(10**30), 2**62]
 
 
+def test_a_reward_of_ones_own_sees_every_field_that_a_message_can_hold(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    row = {
+        "problem": "q",
+        "answer": 1,
+        "numbers": [1, 2],
+        "tests": {"in": None, "big": 2**70},
+        "level": "Level 2",
+    }
+    path.write_text(json.dumps(row)[:-1] + ', "nan": NaN}', encoding="utf-8")
+    tree = {"model": {"path": "m"}, "data": {"train": str(path), "reward": "common.tasks.countdown:reward"}}
+    (kept,) = training_questions(Recipe.model_validate(tree))
+    assert kept["numbers"] == [1, 2]
+    assert kept["tests"] == {"in": None, "big": str(2**70)}
+    assert kept["level"] == 2
+    assert "nan" not in kept
+    (known,) = training_questions(
+        Recipe.model_validate({"model": {"path": "m"}, "data": {"train": str(path)}})
+    )
+    assert known.keys() == {"uid", "problem", "answer", "level"}
+
+
 def test_gold_answers_that_are_never_right_are_counted() -> None:
     rows = [{"answer": answer} for answer in ("", "we add\n#### 7", " ", 7, ["7"])]
     empty, worked = doubtful_golds(rows)
