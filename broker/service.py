@@ -222,7 +222,8 @@ class Service:
         peer = state.members.join(origin.connection, hello, now)
         if not was_in and peer.role != "observer":
             state.changed = True
-            state.event(f"{peer.role} {peer.name} joined from {peer.host}")
+            who = peer.name if peer.name.startswith(peer.role) else f"{peer.role} {peer.name}"
+            state.event(f"{who} joined from {peer.host}")
         self._welcome(origin)
 
     def _predecessor(self, hello: Hello) -> Peer | None:

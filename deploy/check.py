@@ -81,7 +81,7 @@ def _print(recipe: Recipe) -> None:
     table.add_column()
     for name, text in [*outline(recipe, shape, questions), *notes]:
         table.add_row(name, text)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _note_of(verify: Callable[[], None], notes: list[tuple[str, str]]) -> None:

@@ -83,6 +83,6 @@ def show(report: Report, folder: Path) -> None:
         table.add_row(*(row[index] for index in shown))
     table.add_section()
     table.add_row(*(rows[-1][index] for index in shown))
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"answers and table: {folder}")

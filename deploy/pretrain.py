@@ -29,7 +29,7 @@ def pretrain(
     _quiet()
     from learner import pretrain as stage
 
-    console = Console()
+    console = Console(markup=False)
     with _progress(console) as bar:
         task = bar.add_task("pretraining", total=resolved.train.steps, loss="", speed="")
         meter = _Meter()

@@ -26,6 +26,7 @@ from deploy.launch.machine import this_machine
 from deploy.launch.supervisor import first_error
 
 START_S = 60.0
+LOOPBACK = "127.0.0.1"
 
 
 def start_replay(name: str) -> Path:
@@ -95,7 +96,7 @@ def _wait(broker: subprocess.Popen, folder: Path) -> None:
 
 
 def replay_recipe(recipe: Recipe, recorded: Path) -> Recipe:
-    """The recorded recipe under a name of its own: no evaluation, no MLflow, no further record."""
+    """The recorded recipe under a name of its own, on this machine: no evaluation, no MLflow, no further record."""
     number = 1
     while (recorded.parent / f"{recorded.name}-replay-{number}").exists():
         number += 1
@@ -103,7 +104,8 @@ def replay_recipe(recipe: Recipe, recorded: Path) -> Recipe:
         "run": {"name": f"{recorded.name}-replay-{number}", "root": recorded.parent},
         "eval": {"sets": ()},
         "tracking": {"enabled": False},
-        "broker": {"record": False, "port": 0, "metrics_port": 0},
+        "broker": {"record": False, "bind": LOOPBACK, "port": 0, "metrics_port": 0},
+        "weights": {"bind": LOOPBACK, "port": 0},  # the recorded one may name the address of another host
     }
     sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
     return recipe.model_copy(update=sections)

@@ -77,3 +77,15 @@ def test_what_is_replayed_and_where_is_said(
     said = capsys.readouterr().out
     assert f"the 6 recorded steps of '{recorded}', in '{folder}'" in said
     assert f"'{folder}/checkpoints/step-000006/hf'" in said
+
+
+def test_a_replay_binds_this_machine_whatever_host_the_record_names(tmp_path: Path) -> None:
+    recipe = scripted_recipe(
+        tmp_path, broker={"bind": "10.9.8.7"}, weights={"bind": "10.9.8.7", "port": 25001}
+    )
+    replayed = replay_recipe(recipe, tmp_path / "run")
+    assert (replayed.broker.bind, replayed.weights.bind, replayed.weights.port) == (
+        "127.0.0.1",
+        "127.0.0.1",
+        0,
+    )
