@@ -12,7 +12,7 @@ from common.recipe import Recipe
 from deploy.folder import prepare
 from deploy.launch.layout import share_out
 from deploy.launch.machine import this_machine
-from deploy.replay import _take_learners_share, replay_recipe
+from deploy.replay import _take_learners_share, _wait, replay_recipe, say_trained, start_replay
 from tests.scripted.broker import scripted_recipe
 
 
