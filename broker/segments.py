@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from broker.store import Buffer, Entry
+from common.files import to_disk
 
 SEGMENT_BYTES = 256 << 20
 READERS_KEPT = 16  # files open for reading
@@ -64,7 +65,7 @@ class Segments:
         self._writer, self._number = writer, self._number + 1
         self._start = self._end = 0
         if self.fsync:
-            _sync_folder(self.folder)
+            to_disk(self.folder)
 
     def append(self, entries: Iterable[Entry]) -> list[Place]:
         """Write groups; returns their places, which are not held yet. Raises OSError; `undo` then takes it back."""
@@ -146,15 +147,6 @@ class Segments:
         for descriptor in [self._writer, *self._readers.values()]:
             if descriptor >= 0:
                 os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(descriptor: int, buffers: Sequence[Buffer]) -> None:

@@ -1,4 +1,4 @@
-"""Small files that several processes read.
+"""Small files that several processes read, and how files get to the disk for good.
 
 Invariant: a reader finds the old content or the new one, never a part of it.
 """
@@ -25,7 +25,15 @@ def replace_json(path: Path, value: Any, *, indent: int | None = None, durable: 
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=indent) + "\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    if durable:
+        to_disk(temporary)
     os.replace(temporary, path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

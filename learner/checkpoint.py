@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from common.errors import RunFailedError, UserError
-from common.files import replace_json
+from common.files import replace_json, to_disk
 from common.recipe.schema import Recipe
-from learner.durable import cut_short, damage_of, to_disk
+from learner.durable import cut_short, damage_of
 from learner.engine import Engine
 from learner.model import bytes_of_checkpoint
 from learner.ranks import Ranks

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are whole, and how they get to the disk for good.
+"""Whether the files of a checkpoint are whole.
 
 Invariant: looks only; what is done about a damaged file is the caller's business (`learner.checkpoint`).
 torch's files are zip archives: their directory stands at the end, and each part has a checksum.
@@ -6,7 +6,6 @@ torch's files are zip archives: their directory stands at the end, and each part
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -31,12 +30,3 @@ def damage_of(folder: Path) -> str | None:
         except (OSError, zipfile.BadZipFile) as error:
             return f"{path.name}: {error}"
     return None
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
