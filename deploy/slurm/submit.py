@@ -7,6 +7,7 @@ half-way takes back what it has sent: a run is on the cluster whole or not at al
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from common.recipe import Recipe
     from deploy.slurm.plan import Options, Plan
 
+LEAVE_S = 30.0  # Slurm's KillWait
 FOUND_BY_THE_JOB = ('broker.bind="127.0.0.1"', 'weights.bind="127.0.0.1"')
 
 
@@ -147,6 +149,7 @@ def submit_recipe(
     _check_recipe(recipe, dry_run=dry_run)
     if not dry_run:
         _check_with_slurm(plan, scripts)
+        _wait_until_left(recipe.folder)
     existed = holds_a_run(recipe.folder)
     rehearsed = existed and _never_sent(recipe.folder)
     folder = prepare(recipe, resume=resume or (rehearsed and not fresh), fresh=fresh)
@@ -172,6 +175,17 @@ def _check_recipe(recipe: Recipe, *, dry_run: bool) -> None:
     else:
         preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
         require_weights(recipe.model.path)
+
+
+def _wait_until_left(folder: Path) -> None:
+    """The queue has no job of this name any more; the broker of a cancelled one takes seconds to leave."""
+    from broker.run_folder import is_served
+
+    deadline = time.monotonic() + LEAVE_S
+    if is_served(folder):
+        typer.echo(f"waiting for the broker that still serves '{folder}' to leave")
+    while is_served(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _never_sent(folder: Path) -> bool:
