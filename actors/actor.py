@@ -21,11 +21,11 @@ from actors.leaving import Leaving, Order, Way
 from actors.meters import Meters
 from actors.policy import Policy
 from actors.prompts import Prompts
-from actors.rollout import LATER, RETRY_S, Limits, Rollout
+from actors.rollout import Limits, Rollout, deliver
 from actors.scoring import Scorer
 from actors.weights import WeightReceiver
 from actors.weights.probe import MismatchProbe
-from common.messages import EvalJob, EvalResult, Heartbeat, Pulse, Release, WeightsAddress, Welcome
+from common.messages import EvalJob, Heartbeat, Pulse, Release, WeightsAddress, Welcome
 from common.recipe import Recipe
 from common.tasks.templates import get_template
 from common.telemetry import Telemetry
@@ -146,7 +146,7 @@ class Actor:
 
     async def _answer(self, job: EvalJob) -> None:
         try:
-            await self._hand_in(await self._evaluator.answer(job))
+            await deliver(self._wire, await self._evaluator.answer(job))
         except EngineLostError:
             log.warning("evaluation %d was broken off by the engine", job.job)
         except RefusedError as refused:
@@ -155,17 +155,6 @@ class Actor:
         except Exception as error:  # training does not end for an evaluation; another actor may do better
             log.exception("evaluation %d failed", job.job)
             await self._give_back(job, f"{type(error).__name__}: {error}")
-
-    async def _hand_in(self, result: EvalResult) -> None:
-        """Send the answers until the broker has taken them or refused them for good."""
-        while True:
-            try:
-                await self._wire.request(result, timeout_s=None)
-                return
-            except RefusedError as refused:
-                if refused.code not in LATER:
-                    raise
-                await asyncio.sleep(RETRY_S)
 
     async def _give_back(self, job: EvalJob, reason: str) -> None:
         with suppress(BrokerUnreachable, RefusedError):  # then the broker takes it back in time

@@ -32,11 +32,12 @@ from common.messages import (
     GroupHeader,
     GroupId,
     Lease,
+    Message,
     Publish,
     Release,
     ResponseHeader,
 )
-from common.wire import AsyncClient, RefusedError
+from common.wire import AsyncClient, RefusedError, Reply
 
 log = logging.getLogger("slipstream.actor.rollout")
 
@@ -274,20 +275,14 @@ class Rollout:
 
     async def _publish(self, message: Publish, payload: list[bytes]) -> None:
         """Send a group until the broker has answered, however long that takes."""
-        group = message.header.group
-        while True:
-            try:
-                reply = await self._wire.request(message, payload, timeout_s=None)
-            except RefusedError as refused:
-                if refused.code in LATER:
-                    await asyncio.sleep(RETRY_S)
-                    continue
-                log.warning("group %s was refused (%s): %s", group, refused.code, refused)
-                self._meters.published("refused")
-                return
-            assert isinstance(reply.message, Ack)
-            self._meters.published(reply.message.status)
+        try:
+            reply = await deliver(self._wire, message, payload)
+        except RefusedError as refused:
+            log.warning("group %s was refused (%s): %s", message.header.group, refused.code, refused)
+            self._meters.published("refused")
             return
+        assert isinstance(reply.message, Ack)
+        self._meters.published(reply.message.status)
 
     # --- leaving -------------------------------------------------------------------------------------------
 
@@ -324,6 +319,21 @@ class Rollout:
             message = Release(groups=list(groups), reason=reason, cause=cause)
             await self._wire.request(message, timeout_s=RELEASE_S)
         self._meters.counts["groups_released"] += len(groups)
+
+
+async def deliver(wire: AsyncClient, message: Message, payload: Sequence[bytes] = ()) -> Reply:
+    """Send what was worked out until the broker has taken it, however long that takes; returns its answer.
+
+    Raises:
+        RefusedError: the broker refuses it for good.
+    """
+    while True:
+        try:
+            return await wire.request(message, payload, timeout_s=None)
+        except RefusedError as refused:
+            if refused.code not in LATER:
+                raise
+        await asyncio.sleep(RETRY_S)
 
 
 def _header(

@@ -69,10 +69,10 @@ class MismatchProbe:
         if self._version() != version:
             return
         found = probe.differences(logprobs.tolist())
-        count = self._meters.get("probes", 0.0) + 1.0
-        self._meters = {"probe_mean": fmean(found), "probe_max": max(found), "probes": count}
-        if not fmean(found) <= self._limit and not self._failed.done():
-            self._failed.set_exception(self._disagreement(version, fmean(found)))
+        mean, count = fmean(found), self._meters.get("probes", 0.0) + 1.0
+        self._meters = {"probe_mean": mean, "probe_max": max(found), "probes": count}
+        if not mean <= self._limit and not self._failed.done():
+            self._failed.set_exception(self._disagreement(version, mean))
 
     def _disagreement(self, version: int, mean: float) -> RunFailedError:
         return RunFailedError(

@@ -163,7 +163,7 @@ def doubtful_golds(questions: Iterable[Row]) -> list[str]:
     phrases = []
     if empty:
         phrases.append(
-            f"{empty:,} of {len(rows):,} gold answers are empty: no response to these is ever right"
+            f"{empty:,} of {len(rows):,} gold answers are empty: only an empty answer equals these"
         )
     if worked:
         phrases.append(

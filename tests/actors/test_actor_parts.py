@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
 
-from actors import actor as actor_module
 from actors import main as actor_main
+from actors import rollout as rollout_module
 from actors.actor import Actor
 from actors.evaluation import TEXTS_PER_SET, Evaluator
 from actors.heart import Heart
@@ -250,7 +250,7 @@ class TestAnswersToAnEvaluation:
     JOB = EvalJob(job=3, requested=0, questions=[], samples=0, temperature=1.0, max_tokens=8)
 
     def answer(self, monkeypatch, replies: list, evaluate=None) -> list:
-        monkeypatch.setattr(actor_module, "RETRY_S", 0.001)
+        monkeypatch.setattr(rollout_module, "RETRY_S", 0.001)
         said = []
 
         async def result(job: EvalJob) -> EvalResult:
@@ -259,7 +259,7 @@ class TestAnswersToAnEvaluation:
             return EvalResult(job=job.job, version=0, era=0, rows=[], seconds=1.0)
 
         class Wire:
-            async def request(self, message, timeout_s=60.0):
+            async def request(self, message, payload=(), *, timeout_s=60.0):
                 said.append(message)
                 reply = replies.pop(0)
                 if isinstance(reply, Refused):
