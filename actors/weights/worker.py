@@ -85,7 +85,8 @@ class WeightReceiverExtension:
             if self.device.type == "cpu":
                 _repack_tied_heads(self.model_runner.get_model())
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not the whole device: the kernel of a relay to a dead child would hold up this commit.
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _slipstream_on_device(self, staged: Staged) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in staged.tensors():
