@@ -33,6 +33,7 @@ from common.recipe.schema import Recipe
 from common.software import software_version
 from common.systemd import Watchdog, notify_ready
 from common.wire import BrokerUnreachable, Client, RefusedError
+from learner.allocator import let_segments_grow
 from learner.checkpoint import Checkpoints, Saved, free_bytes
 from learner.engine import Engine
 from learner.export import export_model
@@ -44,7 +45,7 @@ from learner.objective import objective_of
 from learner.outcome import kept_outcome
 from learner.prepare import Preparation, Work
 from learner.probe import take_probe
-from learner.push import WeightPush
+from learner.push import WeightPush, route_of
 from learner.ranks import launched_rank, launched_world, leave_ranks, start_ranks
 from learner.step import PolicyStep, StepResult
 
@@ -177,6 +178,8 @@ class Learner:
         recipe = self._recipe
         require_gpu(recipe.launch.device)
         shape, objective = check_model(recipe), objective_of(recipe)
+        if route_of(recipe, on_gpu=True) != "ipc":
+            let_segments_grow()
         self._ranks = start_ranks(recipe.learner.collective_timeout_s, recipe.learner.master_port)
         if self._ranks.leads:
             self._link = BrokerLink(self._control, self._welcome.heartbeat_s)

@@ -22,14 +22,14 @@ MIB = 1 << 20
 WEIGHTS_FOLDER = "weights"
 
 
-def route_of(recipe: Recipe, ranks: Ranks) -> str:
-    """The route of a recipe; `auto` is nccl on GPU, ipc on one shared GPU, gloo on CPU.
+def route_of(recipe: Recipe, *, on_gpu: bool) -> str:
+    """The route of a recipe for a learner on GPUs or not; `auto` is nccl on GPU, ipc on one shared GPU, gloo on CPU.
 
     Under tensor parallelism an NCCL receive would run beside the engine's own collectives: gloo there.
     """
     if recipe.weights.route != "auto":
         return recipe.weights.route
-    if ranks.device.type != "cuda" or recipe.actor.tensor_parallel > 1:
+    if not on_gpu or recipe.actor.tensor_parallel > 1:
         return "gloo"
     return "ipc" if recipe.launch.shared_gpu else "nccl"
 
@@ -47,7 +47,7 @@ class WeightPush:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, run: str, folder: Path) -> None:
         self._recipe, self._ranks = recipe, ranks
-        route = route_of(recipe, ranks)
+        route = route_of(recipe, on_gpu=ranks.device.type == "cuda")
         on_device = route in ("nccl", "ipc")
         device = ranks.device if on_device else "cpu"
         self._pinned = route == "nccl" and recipe.weights.snapshots == "host"

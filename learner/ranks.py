@@ -179,7 +179,7 @@ def start_ranks(timeout_s: float, master_port: int = 0) -> Ranks:
         master_port: rendezvous port when started alone; 0 picks a free one.
 
     Raises:
-        UserError: the environment names several ranks but not where they meet.
+        UserError: the environment names several ranks but not where they meet, or this rank sees no GPU of its own.
     """
     alone = launched_world() == 1
     if alone:
@@ -193,12 +193,7 @@ def start_ranks(timeout_s: float, master_port: int = 0) -> Ranks:
             setting="learner.ranks",
         )
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    device = _device(local)
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     load_deepspeed().init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
@@ -206,6 +201,24 @@ def start_ranks(timeout_s: float, master_port: int = 0) -> Ranks:
         return Ranks(rank, world, device)
     main, feed = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return Ranks(rank, world, device, main, feed)
+
+
+def _device(local: int) -> torch.device:
+    """The GPU of the `local`-th rank of this host, made current; the processor where there is none."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if local >= seen:
+        # With a GPU bound to each rank this one would be cuda:0, but NCCL often cannot reach its neighbours' then.
+        raise UserError(
+            f"rank {local} of this host sees {seen} GPU{'s' * (seen > 1)}: every rank must see those of all ranks of its "
+            "host (srun: --gpus-per-node and --gpu-bind=none, not --gpus-per-task), or there are too few for so many.",
+            setting="learner.ranks",
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
 
 
 def bound_all_groups(timeout_s: float) -> None:

@@ -28,7 +28,7 @@ from common.weights.client import LinkClient
 from common.weights.errors import Cause, LinkError
 from common.weights.layout import Manifest
 from common.weights.probe import Probe
-from common.weights.protocol import LinkSpec, Offer, new_link_name
+from common.weights.protocol import LinkSpec, Offer, commit_deadline, new_link_name
 from common.weights.store import Address
 
 LOGGER = logging.getLogger("slipstream.actor.weights")
@@ -280,7 +280,7 @@ class WeightReceiver:
         """Pause, swap, label, resume. Returns the milliseconds that generation stood still."""
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(commit_deadline(self._deadline_s)):
                 await self._engine.pause_generation(mode="keep", clear_cache=self._clear_cache)
                 how = await self._engine.collective_rpc("slipstream_weights_commit", args=(offer.version,))
                 await self._label(offer.version)

@@ -38,6 +38,8 @@ class WeightReceiverExtension:
         link = LinkSpec(**spec)
         on_device = Address.parse(link.address).route in _ON_DEVICE
         device = self.device if on_device else torch.device("cpu")
+        if self.device.type == "cuda":
+            self.synchronize_device = self._slipstream_await_model
         prepare = self._slipstream_prepare if self.device.type == "cpu" else None
         self._slipstream_stager = Stager(link, self.rank, device, prepare)
 
@@ -85,7 +87,15 @@ class WeightReceiverExtension:
             if self.device.type == "cpu":
                 _repack_tied_heads(self.model_runner.get_model())
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self._slipstream_await_model()
+
+    def _slipstream_await_model(self) -> None:
+        """Waits for the model's stream, on which weights are read and written.
+
+        Also stands in for the worker's own `synchronize_device`, which each pause calls (vLLM 0.32): that waits for the
+        whole device, and a relay whose child is dead or frozen occupies it, while generation stands still.
+        """
+        torch.cuda.current_stream(self.device).synchronize()
 
     def _slipstream_on_device(self, staged: Staged) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in staged.tensors():

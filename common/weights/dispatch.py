@@ -17,7 +17,7 @@ from typing import Any
 
 from common.weights.errors import Cause
 from common.weights.plan import Endpoint, plan_tree
-from common.weights.protocol import push_deadline
+from common.weights.protocol import commit_deadline, push_deadline
 
 ACCEPT_SHARE = 1 / 2  # of the deadline: an offer is answered before anything is moved, so it may take less
 
@@ -235,7 +235,7 @@ class Dispatcher:
         if kind == "accepted" and link.state is State.OFFERED:
             self._accepted(link, now)
         elif kind == "staged" and link.state is State.RECEIVING:
-            link.state, link.deadline = State.STAGED, now + self.deadline_s
+            link.state, link.deadline = State.STAGED, now + commit_deadline(self.deadline_s)
             self._serve_children(link, now)
         elif kind == "held" and link.state is State.STAGED:
             link.state, link.deadline = State.HELD, float("inf")

@@ -1,8 +1,8 @@
 """A raw c10d process group for one link: NCCL on GPUs, gloo on CPUs, never the default group.
 
-Invariant: no operation outlasts its deadline, and a group that failed once is never used again. Destroying a
-group may block (gloo: until a stuck operation times out; NCCL: while another communicator hangs,
-NVIDIA/nccl#1013), so the last reference is always dropped in a thread of its own.
+Invariant: no operation outlasts its deadline (joining over NCCL has one of its own, `JOIN_S`), and a group that failed
+once is never used again. Destroying a group may block (gloo: until a stuck operation times out; NCCL: while another
+communicator hangs, NVIDIA/nccl#1013), so the last reference is always dropped in a thread of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from torch.distributed import distributed_c10d as c10d
 from common.weights.errors import Cause, LinkError
 
 _POLL_S = 0.0005
+ERROR_S = 1.0  # from NCCL's error, or its completion, to that of the stream behind it: microseconds where all is well
+JOIN_S = 30  # the default of weights.deadline_s; an integer, as torch reads it
 _ENVIRONMENT = threading.Lock()
 
 # Read by ProcessGroupNCCL's constructor. With the defaults its watchdog tears the whole process down when a
@@ -31,13 +33,16 @@ _NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_
 # Read by the process's first NCCL group, which is DeepSpeed's or vLLM's: it watches a flag that any group's time-out
 # sets, ours too, to dump traces and, minutes later, end the process. So this must stand before that group is made.
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+# Seconds that the join of a non-blocking communicator is polled for, at its first broadcast: half an hour by default, during
+# which it cannot be aborted. torch reads it once, at the process's first NCCL call, and uses it for such groups only.
+os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(JOIN_S))
 
 
 class Group:
     """`world` processes that share broadcasts from rank 0.
 
-    The constructor of the gloo backend blocks until all ranks have joined or `timeout` has passed; NCCL joins
-    at the first broadcast.
+    The constructor of the gloo backend blocks until all ranks have joined or `timeout` has passed; NCCL joins at the
+    first broadcast, which blocks for `JOIN_S` at most (TORCH_NCCL_NONBLOCKING_TIMEOUT) before its own timeout begins.
 
     Args:
         store: the run's store (any c10d store).
@@ -62,7 +67,6 @@ class Group:
         host: str | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self._failed = False
         scope = dist.PrefixStore(name, store)
         build = _build_nccl if self.device.type == "cuda" else _build_gloo
         try:
@@ -84,36 +88,77 @@ class Group:
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = datetime.timedelta(seconds=timeout)
         started = time.monotonic()
-        if self._failed:
-            raise LinkError(Cause.PEER_LOST, "the group was closed")
         try:
-            work = self._backend.broadcast([buffer], options)
+            work = self._open_backend().broadcast([buffer], options)
+            work.wait()  # NCCL: only orders the current stream behind the transfer
             if self.device.type == "cuda":
-                self._poll(work, timeout)
-            work.wait()
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
+                done = torch.cuda.Event()
+                done.record(torch.cuda.current_stream(self.device))
+                wait_for_device(work.is_completed, done.query, timeout)
+            self._open_backend()  # an abort by another thread ends NCCL's kernel, and so looks like completion
         except RuntimeError as error:
             self.close()
-            late = time.monotonic() - started >= 0.95 * timeout
+            late = time.monotonic() - started >= 0.95 * timeout or "NCCL timeout" in str(error)
             raise LinkError(Cause.DEADLINE if late else Cause.PEER_LOST, _brief(error)) from None
         except LinkError:
             self.close()
             raise
 
-    def _poll(self, work: Any, timeout: float) -> None:
-        end = time.monotonic() + timeout
-        while not work.is_completed():
-            if time.monotonic() > end:
-                raise LinkError(Cause.DEADLINE, f"broadcast not complete after {timeout:g} s")
-            time.sleep(_POLL_S)
+    def _open_backend(self) -> Any:
+        if (backend := self._backend) is None:
+            raise LinkError(Cause.PEER_LOST, "the group was closed")
+        return backend
 
     def close(self) -> None:
         """Aborts what is under way and lets go of the group; never blocks."""
-        self._failed = True
         box, self._backend = [self._backend], None
         if box[0] is not None:
             threading.Thread(target=_reap, args=(box,), name="weights-reaper", daemon=True).start()
+
+
+def wait_for_device(
+    ended: Callable[[], bool],
+    done: Callable[[], bool],
+    timeout: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Polls until the device is through with a transfer; never blocks on the device itself.
+
+    Args:
+        ended: of NCCL's work: true when its kernel is through, and also when it has met an error, after which the kernel
+            goes on waiting for its peer until the communicator is aborted.
+        done: of an event on the stream that was ordered behind the work: true when the buffer may be used.
+        timeout: seconds.
+
+    Raises:
+        LinkError: DEADLINE, or PEER_LOST when the work ended and the device did not.
+    """
+    end, broken = clock() + timeout, float("inf")
+    while not done():
+        now = clock()
+        if now > end:
+            raise LinkError(Cause.DEADLINE, f"broadcast not complete after {timeout:g} s")
+        if now > broken:
+            raise LinkError(Cause.PEER_LOST, "NCCL reported an error during a broadcast")
+        if broken == float("inf") and ended():
+            broken = now + ERROR_S
+        sleep(_POLL_S)
+
+
+def use_own_stream(device: torch.device, stream: torch.cuda.Stream | None = None) -> torch.cuda.Stream | None:
+    """Puts the calling thread on `device` and on a stream of its own, `stream` if given; returns that stream.
+
+    Does nothing for the CPU. Transfers must serialise neither with the model's kernels nor with one another. torch hands out
+    32 streams of each priority in turn, so each link keeps the one it has got, and takes it from those of high priority:
+    the model's are of the other kind.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.set_device(device)
+    stream = stream or torch.cuda.Stream(device, priority=-1)
+    torch.cuda.set_stream(stream)
+    return stream
 
 
 def local_address_towards(host: str, port: int) -> str:
@@ -137,6 +182,7 @@ def _build_nccl(store: dist.Store, rank: int, world: int, timeout: float, host: 
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(seconds=timeout)
     options.config.blocking = 0  # a communicator whose peer never comes must be abortable
+    options.is_high_priority_stream = True  # see `use_own_stream`
     with _environment(_NCCL_ENVIRONMENT):
         return c10d.ProcessGroupNCCL(store, rank, world, options)
 

@@ -118,6 +118,12 @@ def push_deadline(nbytes: int, deadline_s: float) -> float:
     return deadline_s + nbytes / SLOWEST_BYTES_PER_S
 
 
+def commit_deadline(deadline_s: float) -> float:
+    """Seconds for a commit. On a GPU it may have to wait for the device (to free memory is enough), which a relay to a frozen
+    child occupies until its own deadline: an engine that outlives that is not damaged, and its link has not failed."""
+    return 2 * deadline_s + 5.0
+
+
 def encode(value: object) -> str:
     return json.dumps(value)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from common.weights.errors import Cause, LinkError, SupersededError
-from common.weights.group import Group
+from common.weights.group import Group, use_own_stream
 from common.weights.protocol import edge_name
 from common.weights.snapshot import Snapshot
 from common.weights.store import Address, connect
@@ -62,6 +62,7 @@ class LinkSender:
         self._report = report
         self._jobs: queue.SimpleQueue[tuple[int, Snapshot] | None] = queue.SimpleQueue()
         self._group: Group | None = None
+        self._lock = threading.Lock()  # between `close` and the opening of the group
         self._closed = False
         threading.Thread(target=self._run, name="weights-send", daemon=True).start()
 
@@ -70,14 +71,16 @@ class LinkSender:
         self._jobs.put((push, snapshot))
 
     def close(self) -> None:
-        """Ends the thread; a transfer under way ends at its own deadline. Never blocks."""
-        self._closed = True
+        """Ends the thread and aborts a transfer under way: on a GPU it would else occupy it. Never blocks."""
+        with self._lock:
+            self._closed = True
+            group = self._group
         self._jobs.put(None)
+        if group is not None:
+            group.close()
 
     def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
+        use_own_stream(self._device)
         while not self._closed and (job := self._jobs.get()) is not None:
             push, snapshot = job
             started = time.perf_counter()
@@ -106,5 +109,10 @@ class LinkSender:
         if self._group is None:
             store = dist.PrefixStore(self._address.token, connect(self._address, self._deadline_s))
             name, world = edge_name(None, self._link), 1 + self._workers
-            self._group = Group(store, name, 0, world, self._device, self._deadline_s, self._address.host)
+            group = Group(store, name, 0, world, self._device, self._deadline_s, self._address.host)
+            with self._lock:
+                self._group = group
+                closed = self._closed
+            if closed:
+                group.close()
         return self._group

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common.weights.checksum import checksum
 from common.weights.disk import fetch_from_disk
 from common.weights.errors import Cause, LinkError
-from common.weights.group import Group, local_address_towards
+from common.weights.group import Group, local_address_towards, use_own_stream
 from common.weights.ipc import fetch_shared
 from common.weights.layout import Bucket, Manifest, plan_buckets
 from common.weights.protocol import EVENTS, Hop, LinkSpec, Offer, decode, encode
@@ -94,6 +94,7 @@ class Stager:
         self._pool = BufferPool(self._device)
         self._offers: queue.SimpleQueue[Offer | None] = queue.SimpleQueue()
         self._groups: dict[str, Group] = {}
+        self._streams: dict[str, torch.cuda.Stream | None] = {}  # of this link and of each relay's edge
         self._staged: Staged | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -129,10 +130,7 @@ class Stager:
 
     def _run(self) -> None:
         store: dist.Store | None = None
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            # A stream of its own: staging must not serialise with the model's kernels.
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
+        self._use_own_stream(self.spec.link)
         while (offer := self._offers.get()) is not None and not self._closed.is_set():
             staged, report = None, {"ok": False}
             try:
@@ -203,6 +201,11 @@ class Stager:
                 self._groups[hop.edge] = group
         return group
 
+    def _use_own_stream(self, name: str) -> None:
+        """On a GPU the calling thread works on the staging device and on the stream of `name`, the same at each push."""
+        with self._lock:
+            self._streams[name] = use_own_stream(self._device, self._streams.get(name))
+
     # ---------------------------------------------------------------- relay threads
 
     def _relay(self, staged: Staged, offer: Offer, hop: Hop) -> None:
@@ -210,6 +213,7 @@ class Stager:
         event: dict[str, Any] = {"link": self.spec.link, "edge": hop.edge, "push": offer.push}
         started = time.monotonic()
         try:
+            self._use_own_stream(hop.edge)
             store = self._connect()
             if not self._await_go(store, hop, offer):
                 return

@@ -31,6 +31,7 @@ class PretendedEngine:
         self.errored = False
         self.paused = False
         self.fail_commit = self.hang = False
+        self.commit_s = 0.0
         self.weights: dict[str, torch.Tensor] = {}
         parallel = SimpleNamespace(world_size=workers)
         self.vllm_config = SimpleNamespace(parallel_config=parallel, lora_config=None, model_config=None)
@@ -41,6 +42,8 @@ class PretendedEngine:
     async def collective_rpc(self, method: str, args=()) -> list:
         if self.hang:
             await asyncio.sleep(100)
+        if method.endswith("commit"):
+            await asyncio.sleep(self.commit_s)
         return [getattr(self, method.removeprefix("slipstream_weights_"))(*args)]
 
     def connect(self, spec: dict) -> None:
@@ -165,6 +168,22 @@ def test_an_engine_that_does_not_answer_costs_the_link_and_is_tried_again():
         engine.hang = False
         publisher.publish(1, Snapshot.from_tensors(weights(1)))
         await until(lambda: receiver.version == 1)
+        await stopped(task)
+
+    with_publisher(story)
+
+
+def test_a_commit_outlasts_a_relay_that_occupies_the_device():
+    """A relay to a frozen child does so until the deadline of a single wait: the engine is not damaged by that."""
+    engine = PretendedEngine()
+    engine.commit_s = 1.5
+
+    async def story(publisher: Publisher) -> None:
+        publisher.publish(1, Snapshot.from_tensors(weights(1)))
+        receiver = receiver_of(engine, address=publisher.address, deadline_s=1.0)
+        task = asyncio.create_task(receiver.run())
+        await until(lambda: publisher.versions_acked() == {"a": 1})
+        assert engine.calls.count("commit 1") == 1
         await stopped(task)
 
     with_publisher(story)

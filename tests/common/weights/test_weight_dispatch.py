@@ -141,6 +141,16 @@ def test_a_frozen_link_costs_itself_only():
     assert {link.version for link in dispatcher.links.values()} == {10}
 
 
+def test_a_commit_has_longer_than_a_transfer():
+    """On a GPU it may have to wait until a relay to a frozen child has reached its own deadline."""
+    dispatcher = new(count=1)
+    dispatcher.actions(0.0)
+    for kind in ("accepted", "staged"):
+        tell(dispatcher, kind, "a0.0")
+    assert not any(isinstance(a, DropLink) for a in dispatcher.actions(2 * DEADLINE))
+    assert [a.link for a in dispatcher.actions(3 * DEADLINE) if isinstance(a, DropLink)] == ["a0.0"]
+
+
 def test_a_refused_version_is_not_offered_again_but_the_next_is():
     dispatcher = new(count=1)
     dispatcher.actions(0.0)

@@ -1,4 +1,4 @@
-"""The learner's probe is what a plain model says of the same tokens."""
+"""The engine in this process: what an update asks of the device, and that the probe is what a plain model says."""
 
 from __future__ import annotations
 
@@ -15,12 +15,35 @@ from tests.learner.tiny import tiny_lm, tiny_recipe
 
 
 @pytest.fixture(scope="module")
-def engine():
-    ranks = start_ranks(60.0, 0)
+def ranks():
+    """DeepSpeed can join a group once in the life of a process: no other module here may do so."""
+    made = start_ranks(60.0, 0)
+    yield made
+    leave_ranks(made)
+
+
+@pytest.fixture(scope="module")
+def engine(ranks):
     made = Engine(PolicyModel(tiny_lm()), tiny_recipe(rollout={"temperature": 0.5}), ranks, 1)
     yield made
     made.close()
-    leave_ranks(ranks)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_update_never_waits_for_the_whole_device(ranks, stage, monkeypatch):
+    """On a GPU it would wait for the kernel of a dead weight link, too. Four steps: DeepSpeed's timer starts at the third."""
+    from deepspeed.accelerator import get_accelerator
+
+    made = Engine(PolicyModel(tiny_lm()), tiny_recipe(learner={"zero_stage": stage}), ranks, 4)
+    row = pack([0, 1], [torch.tensor([2, 3]), torch.tensor([3])], [torch.tensor([4, 5]), torch.tensor([6])])
+    waits = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    try:
+        for _ in range(4):
+            made.update([row, row], lambda _, outputs: outputs[0].sum())
+        assert not waits
+    finally:
+        made.close()
 
 
 @pytest.mark.parametrize("length", [2, 40, PROBE_TOKENS + 50])
