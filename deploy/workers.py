@@ -132,11 +132,12 @@ def broker(
 
 def _start_tracker(folder: Path) -> subprocess.Popen:
     from common.process import die_with_parent
+    from common.program import own_program
 
     points = folder / SPOOL
     known = points.stat().st_size if points.exists() else 0
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy", "track", str(folder), "--beyond", str(known)],
+        [*own_program(), "track", str(folder), "--beyond", str(known)],
         stdin=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )
@@ -236,6 +237,7 @@ def _learn(address: str, keys: Path | None, resume: bool) -> int:
 
 def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int:
     from common.messages import Goodbye
+    from common.program import own_program
     from common.wire import RefusedError
     from deploy.launch.ranks import run_ranks
     from deploy.watch import observer
@@ -248,7 +250,7 @@ def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int
         raise RunFailedError(f"the broker refused the learner: {error}") from None
     finally:
         client.close()
-    program = ["-m", "deploy", "learner", "--join", address]
+    program = [*own_program(), "learner", "--join", address]
     program += [*(["--resume"] if resume else []), *(["--keys", str(keys)] if keys else [])]
     return run_ranks(ranks, program, folder)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import RunFailedError
+from common.program import own_program
 from common.tracking.spool import Record, read_spool
 from studies.verdict import Row
 
@@ -48,7 +48,7 @@ def run_recipe(recipe: str, name: str, root: Path, settings: Mapping[str, Any]) 
         chosen = {**settings, "run.name": name, "run.root": str(root)}
         options = [word for key, value in chosen.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-        command = [sys.executable, "-m", "deploy", "run", recipe, "--quiet", *resume, *options]
+        command = [*own_program(), "run", recipe, "--quiet", *resume, *options]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise RunFailedError(f"'slipstream run {recipe}' ended with exit code {done.returncode}")

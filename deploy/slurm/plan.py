@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.program import own_program
 from common.recipe import Recipe
-from deploy.launch.program import own_program
 
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 NAME = re.compile(r"[A-Za-z0-9._,:+-]+")

@@ -139,7 +139,7 @@ def _render(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict
 
 
 def _values(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict[str, Any]:
-    from deploy.launch.program import own_program
+    from common.program import own_program
 
     folder = recipe.folder
     where = ["--join", host.join] if host.join else ["--run", str(folder)]

@@ -16,7 +16,7 @@ from learner.outcome import FILE, kept_outcome, read_outcome
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARENT = (
     "import sys; from pathlib import Path; from deploy.launch.ranks import run_ranks\n"
-    "sys.exit(run_ranks(2, [*sys.argv[1:3], str(sys.argv[3])], Path(sys.argv[3])))\n"
+    "sys.exit(run_ranks(2, [sys.executable, *sys.argv[1:4]], Path(sys.argv[3])))\n"
 )
 # What a rank does by way of example; it "imports" for a while before it listens to signals, as a real one does.
 RANK = """
