@@ -43,16 +43,12 @@ def run(
     second Ctrl-C ends everything at once.
     """
     from common.errors import EXIT_USER_ERROR
-    from common.keys import check_client, check_server
     from common.recipe import load_recipe
     from deploy.folder import RECIPE_FILE, check_unfinished, prepare
     from deploy.preflight import preflight
 
     loaded = load_recipe(recipe, overrides or ())
     preflight(loaded)
-    if loaded.broker.keys is not None:
-        check_server(loaded.broker.keys)
-        check_client(loaded.broker.keys)
     if resume:
         check_unfinished(loaded)
     changes = _what_changes(loaded) if resume else []

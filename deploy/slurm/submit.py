@@ -167,13 +167,19 @@ def submit_recipe(
 
 def _check_recipe(recipe: Recipe, *, dry_run: bool) -> None:
     from common.model_files import require_weights
-    from deploy.preflight import check_addresses, check_template, preflight
+    from deploy.preflight import (
+        OF_THE_MACHINE,
+        OF_THE_START,
+        check_addresses,
+        check_template,
+        preflight,
+    )
 
     if dry_run:  # may be far from the cluster, its model and its data
         check_template(recipe)
         check_addresses(recipe)
     else:
-        preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
+        preflight(recipe, without=(*OF_THE_START, *OF_THE_MACHINE))  # a login node has no GPUs
         require_weights(recipe.model.path)
 
 

@@ -76,11 +76,12 @@ def write_units(recipe: Recipe, host: Host, *, program: tuple[str, ...] | None =
             the host has less than the recipe asks of it.
     """
     from deploy.folder import holds_a_run, prepare
-    from deploy.preflight import preflight
+    from deploy.preflight import OF_THE_MACHINE, OF_THE_START, preflight
 
     _check_host(host)
     if "broker" in host.workers:
-        preflight(counted(recipe, host), ports=False, memory=host.shared)
+        elsewhere = () if host.shared else OF_THE_MACHINE
+        preflight(counted(recipe, host), without=(*OF_THE_START, *elsewhere))
         if not holds_a_run(recipe.folder):
             prepare(recipe, resume=False, fresh=False)
     files = _render(recipe, host, program) | environments(recipe, host)
