@@ -69,7 +69,7 @@ def _tolerate(name: str, error: UserError, subject: Subject) -> None:
         _take_published_sizes(error, subject)
     elif name == "questions":
         _leave_sets_unread(error, subject)
-    elif name == "disk" or (name in (*OF_THE_MACHINE, "keys") and meant_for_gpus(subject.recipe)):
+    elif name in ("disk", "host") or (name in (*OF_THE_MACHINE, "keys") and meant_for_gpus(subject.recipe)):
         subject.note(f"`slipstream run` refuses it on this machine: {error}")
     else:
         raise error

@@ -18,7 +18,9 @@ from pathlib import Path
 from common.errors import UserError
 from common.model_files import ModelShape, read_shape, require_tokenizer
 from common.recipe import Recipe
+from common.run_files import SLURM_FOLDER, SLURM_STATE_FILE
 from common.telemetry import visible_gpus
+from deploy.folder import resume_command
 from deploy.launch.layout import share_out
 from deploy.launch.machine import this_machine
 from deploy.memory import actor_memory, free_host_bytes, learner_memory, smallest_gpu_bytes
@@ -62,6 +64,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "template": lambda subject: check_template(subject.recipe),
     "addresses": lambda subject: check_addresses(subject.recipe),
     "tracking": lambda subject: check_tracking(subject.recipe),
+    "host": lambda subject: check_host(subject.recipe),
     "ports": lambda subject: check_ports(subject.recipe),
     "keys": lambda subject: check_keys(subject.recipe),
     "route": lambda subject: check_route(subject.recipe),
@@ -74,7 +77,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 }
 # Those that only hold on the machine of learner and actors, and those that only hold once the run is about to start.
 OF_THE_MACHINE = ("route", "devices", "memory")
-OF_THE_START = ("ports", "keys")
+OF_THE_START = ("host", "ports", "keys")
 
 
 def preflight(recipe: Recipe, *, without: Collection[str] = ()) -> None:
@@ -186,6 +189,22 @@ def check_tracking(recipe: Recipe) -> None:
     raise UserError(
         f"'{uri}' begins with none of {', '.join(TRACKING_SCHEMES)}{hint}.", setting="tracking.uri"
     )
+
+
+def check_host(recipe: Recipe) -> None:
+    """The addresses that broker and learner listen on are this machine's: a run on Slurm keeps those of its node."""
+    for setting, address in (("broker.bind", recipe.broker.bind), ("weights.bind", recipe.weights.bind)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((address, 0))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    continue  # said where a port is wanted there
+                sent = (recipe.folder / SLURM_FOLDER / SLURM_STATE_FILE).exists()
+                remedy = f"; the run was sent to Slurm: {resume_command(recipe.folder)}" if sent else ""
+                raise UserError(
+                    f"'{address}' is not an address of this machine{remedy}.", setting=setting
+                ) from None
 
 
 def check_ports(recipe: Recipe) -> None:

@@ -20,7 +20,8 @@ from common.errors import UserError
 from common.process import die_with_parent
 from common.program import own_program
 from common.recipe import Recipe, resolved_toml
-from deploy.folder import RECIPE_FILE, find_folder, newest_model, read_address, read_recipe
+from common.run_files import RECIPE_FILE
+from deploy.folder import find_folder, newest_model, read_address, read_recipe
 from deploy.launch.layout import share_out
 from deploy.launch.machine import this_machine
 from deploy.launch.supervisor import first_error

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from learner.outcome import FILE, kept_outcome, read_outcome
+from common.run_files import OUTCOME_FILE
+from learner.outcome import kept_outcome, read_outcome
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARENT = (
@@ -70,7 +71,7 @@ def until_started(folder: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "code"), [("mismatch", 4), ("crash", 1)])
 def test_the_code_is_that_of_the_rank_that_failed(tmp_path: Path, mode: str, code: int) -> None:
-    (tmp_path / FILE).write_text("2\n")  # of an earlier start
+    (tmp_path / OUTCOME_FILE).write_text("2\n")  # of an earlier start
     assert start(tmp_path, mode).wait(120.0) == code, (tmp_path / "log").read_text()
     assert read_outcome(tmp_path) == (4 if mode == "mismatch" else None)
 
