@@ -170,9 +170,7 @@ def tasks_of(actors: int, per_job: int) -> int:
         UserError: they do not fill them.
     """
     if actors % per_job:
-        raise UserError(
-            f"{actors} actors do not fill jobs of {per_job} (--actors-per-job).", setting="--actors"
-        )
+        raise UserError(f"{actors} is not a multiple of --actors-per-job {per_job}.", setting="--actors")
     return actors // per_job
 
 
