@@ -133,7 +133,7 @@ def test_actors_of_whole_nodes(recipe_file):
     whole = {"gpus_per_node": 8, "actors": 12, "actors_per_job": 4}
     actors = scripts_of(recipe_file, *gpu, **whole)["actors.sbatch"]
     assert {"--array=0-2", "--gpus-per-node=8", "--cpus-per-task=64"} <= set(directives(actors))
-    with pytest.raises(UserError, match="--actors: 10 actors do not fill jobs of 4"):
+    with pytest.raises(UserError, match="--actors: 10 is not a multiple of --actors-per-job 4"):
         scripts_of(recipe_file, actors=10, actors_per_job=4)
 
 
@@ -144,7 +144,7 @@ def test_scaling_counts_in_whole_jobs(tmp_path, slurm, monkeypatch):
     monkeypatch.setattr(queue, "queued", lambda name: running if name == "slipstream-demo" else [])
     assert "jobs of 4 actors: 0 running" in scale_array(tmp_path, 8)
     assert slurm == [("actors.sbatch", "--dependency=after:7", "--array=0-1")]
-    with pytest.raises(UserError, match="--actors: 6 actors do not fill jobs of 4"):
+    with pytest.raises(UserError, match="--actors: 6 is not a multiple of --actors-per-job 4"):
         scale_array(tmp_path, 6)
 
 
