@@ -64,6 +64,7 @@ class EvalPlan:
         limit: questions per set at most.
         seed: of sampling.
         sequences, tensor_parallel, kv_cache_mb: of the engine.
+        trust_remote_code: run code that comes with the model.
     """
 
     model: str
@@ -81,6 +82,7 @@ class EvalPlan:
     sequences: int
     tensor_parallel: int
     kv_cache_mb: int | None
+    trust_remote_code: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -98,6 +100,7 @@ class EvalPlan:
         arguments: dict[str, Any] = {
             "model": self.model,
             "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
             "max_model_len": self.max_context,
             "max_num_seqs": self.sequences,
             "tensor_parallel_size": self.tensor_parallel,
@@ -151,7 +154,7 @@ async def answer_all(
     on_answer: Callable[[Answer], None],
 ) -> None:
     """Answer `questions` with a started engine and append each answer as it is finished."""
-    template = get_template(plan.template, model=plan.model)
+    template = get_template(plan.template, model=plan.model, trust_remote_code=plan.trust_remote_code)
     await engine.warm_up()
     with VerifierPool(level=plan.level, template=template.extraction) as grader:
         examination = _Examination(plan, engine, Prompts(engine.tokenizer, template), grader)

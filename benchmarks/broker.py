@@ -36,11 +36,11 @@ from broker.group import Facts
 from broker.journal import Journal
 from broker.ledger import Ledger
 from broker.main import identity, serve
-from broker.run_folder import JOURNAL_FOLDER
 from broker.state import load_training_set, rules_of
 from broker.store import Entry
 from common.messages import Assignment, GroupId
 from common.recipe.schema import Recipe
+from common.run_files import ADDRESS_FILE, JOURNAL_FOLDER
 
 REPEATS = 3
 GROUP, TOKENS, PER_STEP = 8, 1000, 64
@@ -90,9 +90,9 @@ def broker(recipe: Recipe) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def _address(folder: Path) -> str:
-    while not (folder / "broker.json").exists():
+    while not (folder / ADDRESS_FILE).exists():
         time.sleep(0.002)
-    return json.loads((folder / "broker.json").read_text())["address"]
+    return json.loads((folder / ADDRESS_FILE).read_text())["address"]
 
 
 # --- throughput --------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _empty_extra(recipe: Recipe) -> Callable[[], dict[str, Any]]:
 
 def ready_seconds(recipe: Recipe) -> float:
     """From the start of the process to its first answer."""
-    (recipe.folder / "broker.json").unlink(missing_ok=True)
+    (recipe.folder / ADDRESS_FILE).unlink(missing_ok=True)
     started = time.perf_counter()
     with broker(recipe) as (address, _):
         status = Learner(address).status()

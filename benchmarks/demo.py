@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.run_files import SPOOL, SUMMARY_FILE
+
 TARGETS: dict[str, tuple[str, float]] = {
     "first optimizer step after the command (s)": ("<=", 60.0),
     "whole command (s)": ("<=", 360.0),
@@ -43,9 +45,9 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         seconds = time.time() - started
-        summary_path = next(Path(root).glob("*/summary.json"))
+        summary_path = next(Path(root).glob(f"*/{SUMMARY_FILE}"))
         summary = json.loads(summary_path.read_text())
-        lines = (summary_path.parent / "metrics.jsonl").read_text().splitlines()
+        lines = (summary_path.parent / SPOOL).read_text().splitlines()
     first_step = next(point["time"] for point in map(json.loads, lines) if point["kind"] == "learner")
     return {
         "first optimizer step after the command (s)": first_step - started,

@@ -24,8 +24,8 @@ from pathlib import Path
 from benchmarks.bare_engine import bare_arguments
 from benchmarks.whole_run import BARE, running
 from common.messages import Hello, StatusQuery, Welcome
+from common.run_files import ADDRESS_FILE
 from common.wire import BrokerUnreachable, Client
-from deploy.folder import ADDRESS_FILE
 
 LIMIT_S = 300.0
 POLL_S = 0.05

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.curve import Curve
+from common.run_files import SPOOL, SUMMARY_FILE
 from deploy.launch.supervisor import command
 
 # No evaluation, checkpoint or tracker on the way: what a trainer that is compared does not do either.
@@ -39,7 +40,7 @@ def run(recipe: str, overrides: Sequence[str], root: Path) -> WholeRun:
     if code:
         raise subprocess.CalledProcessError(code, process.args)
     (folder,) = root.iterdir()
-    return WholeRun(_curve(folder, launched), json.loads((folder / "summary.json").read_text()))
+    return WholeRun(_curve(folder, launched), json.loads((folder / SUMMARY_FILE).read_text()))
 
 
 def run_command(recipe: str, settings: Iterable[str]) -> list[str]:
@@ -60,7 +61,7 @@ def running(recipe: str, overrides: Sequence[str], root: Path) -> Iterator[subpr
 
 
 def _curve(folder: Path, launched: float) -> Curve:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / SPOOL).read_text().splitlines()]
     (end,) = (record["values"]["final"] for record in records if record["kind"] == "end")
     steps = [record for record in records if record["kind"] == "learner"]
     started = end["first_lease_time"]

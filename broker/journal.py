@@ -19,6 +19,7 @@ from broker.ledger import Ledger
 from broker.segments import Place, Segments
 from broker.store import NOTHING, Entry, StoreFull, entry_size
 from common.messages import GroupId
+from common.run_files import LEDGER_FILE
 
 FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
@@ -43,7 +44,7 @@ class Journal:
         self.bytes_held = 0
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
-        self._index = Index(folder / "ledger.sqlite", fsync=fsync, read_only=read_only)
+        self._index = Index(folder / LEDGER_FILE, fsync=fsync, read_only=read_only)
         self._places = dict(self._index.places())
         self._segments = Segments(folder, fsync=fsync, read_only=read_only)
         self._segments.hold(self._places.values())

@@ -23,7 +23,7 @@ import zmq
 from broker.journal import Journal
 from broker.metrics_page import MetricsPage
 from broker.recording import open_recording
-from broker.run_folder import JOURNAL_FOLDER, Claim, was_served
+from broker.run_folder import Claim, was_served
 from broker.server import Server, open_socket
 from broker.service import Service
 from broker.state import RunState, load_held_out, load_training_set, rules_of
@@ -34,6 +34,7 @@ from common.errors import UserError
 from common.keys import apply_server
 from common.messages import EvalQuestion
 from common.recipe.schema import Recipe
+from common.run_files import JOURNAL_FOLDER
 from common.systemd import notify_ready
 
 log = logging.getLogger("slipstream.broker")

@@ -16,10 +16,10 @@ from typing import Any
 from broker.group import Group, Rules, State
 from broker.journal import Journal
 from broker.ledger import Ledger
-from broker.run_folder import JOURNAL_FOLDER
 from broker.store import NOTHING, Entry
 from common.errors import UserError
 from common.messages import GroupId
+from common.run_files import JOURNAL_FOLDER, LEDGER_FILE
 
 
 class RecordedStore:
@@ -105,7 +105,7 @@ def open_recording(folder: Path, rules: Rules) -> tuple[RecordedLedger, Recorded
     Raises:
         UserError: the folder has no journal, no trained step, or its payloads were not kept.
     """
-    if not (folder / JOURNAL_FOLDER / "ledger.sqlite").exists():
+    if not (folder / JOURNAL_FOLDER / LEDGER_FILE).exists():
         raise UserError(f"'{folder}' holds no journal to replay.", setting="--replay")
     try:
         journal = Journal(folder / JOURNAL_FOLDER, read_only=True)

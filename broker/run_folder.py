@@ -15,10 +15,8 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import replace_json
+from common.run_files import ADDRESS_FILE, JOURNAL_FOLDER, LOCK_FILE, SPOOL
 
-ADDRESS_FILE = "broker.json"
-LOCK_FILE = "broker.lock"
-JOURNAL_FOLDER = "journal"
 HELD = (errno.EWOULDBLOCK, errno.EACCES)  # how `flock` says that another process has the lock
 PROBE_S = 0.5  # for so long a claim waits for somebody who only asks whether the folder is served
 
@@ -102,4 +100,4 @@ def no_flock(error: OSError) -> str:
 
 def was_served(folder: Path) -> bool:
     """Whether a broker has written to the folder before."""
-    return (folder / "metrics.jsonl").exists() or (folder / JOURNAL_FOLDER).exists()
+    return (folder / SPOOL).exists() or (folder / JOURNAL_FOLDER).exists()

@@ -24,6 +24,7 @@ from broker.standstill import Standstill
 from broker.store import Store
 from common.messages import EvalQuestion, WeightsAddress
 from common.recipe.schema import Recipe
+from common.run_files import SPOOL
 from common.tasks.from_recipe import held_out_questions, training_questions
 from common.tracking.spool import Spool
 
@@ -102,7 +103,7 @@ class RunState:
         self.evaluations = evaluations_of(recipe, held_out)
         self.meters = Meters()
         self.standstill = Standstill(recipe.broker.no_progress_s)
-        self.spool = Spool(folder / "metrics.jsonl")
+        self.spool = Spool(folder / SPOOL)
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.tokenizer: str | None = None
         self.weights: WeightsAddress | None = None

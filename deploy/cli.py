@@ -7,7 +7,6 @@ every mistake of the caller ends as one sentence on standard error and exit code
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Annotated, Any
 
@@ -78,7 +77,6 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.path.insert(0, os.getcwd())  # rewards and tasks of the working directory can be named in a recipe
     # The verb that is called is the only one that is loaded; help shows them all.
     wanted = [arguments[0]] if arguments and arguments[0] in VERBS else list(VERBS)
     for verb in wanted:

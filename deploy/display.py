@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from common.recipe import Recipe
+from common.run_files import FIGURE_FILE, SUMMARY_FILE
 from common.tracking.delivery import tracking_view
 from deploy.folder import newest_model
 from deploy.report import Summary, read_summary
@@ -139,6 +140,6 @@ def _summary_table(summary: Summary, folder: Path, steps: int) -> Table:
         table.add_row("why it ended", why)
     if model := newest_model(folder):
         table.add_row("model", str(model))
-    table.add_row("figure", str(folder / "progress.png"))
-    table.add_row("summary", str(folder / "summary.json"))
+    table.add_row("figure", str(folder / FIGURE_FILE))
+    table.add_row("summary", str(folder / SUMMARY_FILE))
     return table

@@ -7,7 +7,6 @@ questions are kept and not answered again. Everything wrong with the request is 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import Annotated
 import typer
 
 from common.errors import RunFailedError, UserError
+from common.run_files import CHECKPOINTS_FOLDER, EXPORT_FOLDER
+from common.tasks.sets import BENCHMARKS
 
-PAPER_BENCHMARKS = ("aime", "amc", "math500", "minerva", "olympiad_bench")
 PAPER_CONTEXT, PAPER_TOKENS = 4096, 3000
 EVAL_ROOT = Path("runs") / "eval"
 
@@ -79,6 +79,9 @@ def evaluate(
     kv_cache_mb: Annotated[
         int | None, typer.Option(min=1, help="KV cache in MiB. Default: what vLLM finds.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code that comes with the model, as `model.trust_remote_code` of a run.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the answers. Default: runs/eval/MODEL-DIGEST.")
     ] = None,
@@ -97,7 +100,8 @@ def evaluate(
     check_options(level, "boxed")
     usual = _usual(model, run)
     path, chosen = usual.model, template or usual.template
-    get_template(chosen, model=path)
+    trusted = trust_remote_code or usual.trust_remote_code
+    get_template(chosen, model=path, trust_remote_code=trusted)
     context, budget = _budget(usual, max_context, max_tokens)
     plan = EvalPlan(
         model=path,
@@ -115,6 +119,7 @@ def evaluate(
         sequences=sequences,
         tensor_parallel=tensor_parallel,
         kv_cache_mb=kv_cache_mb,
+        trust_remote_code=trusted,
     )
     questions = plan_questions(plan, data_dir or usual.data_dir)
     folder = out or EVAL_ROOT / f"{_plain_name(path)}-{plan.digest}"
@@ -131,11 +136,12 @@ class _Usual:
 
     model: str
     template: str = "qwen_math"
-    sets: tuple[str, ...] = PAPER_BENCHMARKS
+    sets: tuple[str, ...] = BENCHMARKS
     dtype: str = "bfloat16"
     max_tokens: int | None = None
     max_context: int | None = None
     data_dir: Path | None = None
+    trust_remote_code: bool = False
 
 
 def _usual(model: str | None, run: str | None) -> _Usual:
@@ -143,18 +149,21 @@ def _usual(model: str | None, run: str | None) -> _Usual:
         raise UserError("give either a MODEL or --run RUN.")
     if model is not None:
         return _Usual(model)
-    from deploy.folder import find_folder, read_recipe
+    from deploy.folder import find_folder, newest_model, read_recipe
 
     folder = find_folder(str(run))
-    recipe = read_recipe(folder)
+    recipe, newest = read_recipe(folder), newest_model(folder)
+    if newest is None:
+        raise UserError(f"the run in '{folder}' has no exported checkpoint yet.", setting="--run")
     return _Usual(
-        model=str(newest_export(folder)),
+        model=str(newest),
         template=recipe.data.template,
-        sets=recipe.eval.sets or PAPER_BENCHMARKS,
+        sets=recipe.eval.sets or BENCHMARKS,
         dtype=recipe.model.dtype,
         max_tokens=recipe.eval.max_tokens or recipe.rollout.max_tokens,
         max_context=recipe.model.max_context,
         data_dir=recipe.data.data_dir,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
 
 
@@ -173,23 +182,6 @@ def _engine_may_die() -> Iterator[None]:
             error = lost.exceptions[0]
         cause = str(error).replace('model.dtype = "float32"', "--dtype float32")
         raise RunFailedError(f"{cause}; the same command goes on from the answers that are there.") from None
-
-
-def newest_export(folder: Path) -> Path:
-    """The newest checkpoint of a run in Hugging Face format.
-
-    Raises:
-        UserError: the run has none yet.
-    """
-    checkpoints = folder / "checkpoints"
-    try:
-        name = json.loads((checkpoints / "latest.json").read_text(encoding="utf-8"))["folder"]
-        export = checkpoints / name / "hf"
-        if (export / "config.json").is_file():
-            return export
-    except (OSError, ValueError, KeyError):
-        pass
-    raise UserError(f"the run in '{folder}' has no exported checkpoint yet.", setting="--run")
 
 
 def _budget(usual: _Usual, max_context: int | None, max_tokens: int | None) -> tuple[int, int]:
@@ -224,6 +216,6 @@ def _fingerprint(path: str) -> str:
 
 def _plain_name(path: str) -> str:
     """A folder name for a model: of a checkpoint's export, the run and the step."""
-    parts = [part for part in Path(path).parts if part not in ("hf", "checkpoints", os.sep)]
+    parts = [part for part in Path(path).parts if part not in (EXPORT_FOLDER, CHECKPOINTS_FOLDER, os.sep)]
     name = "-".join(parts[-2:])
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actors.offline_eval import EvalPlan
 from common.evaluation import Report
+from common.run_files import SPOOL
 from common.tracking.shipper import Shipper, tracking_uri
 from common.tracking.spool import Spool
 from deploy.eval_screen import TABLE_JSON, TABLE_MARKDOWN
@@ -20,7 +21,7 @@ def log_report(
     report: Report, plan: EvalPlan, folder: Path, *, uri: str | None, root: Path = Path("runs")
 ) -> None:
     """Log a report. What MLflow cannot take now stays in the folder's spool; it never fails an evaluation."""
-    spool = Spool(folder / "metrics.jsonl")
+    spool = Spool(folder / SPOOL)
     spool.append("run", 0, {"recipe": {**plan.settings, "sets": list(plan.sets), "limit": plan.limit}})
     spool.append("eval", 0, report.metrics())
     spool.append("end", 0, {"status": "finished"})

@@ -6,21 +6,29 @@ continued on purpose (--resume) or set aside whole (--fresh), never mixed and ne
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from broker.run_folder import is_served
+from broker.run_folder import HELD, is_served
 from common.errors import UserError
 from common.recipe import Recipe, load_recipe, resolved_toml
+from common.run_files import (
+    ADDRESS_FILE,
+    CHECKPOINTS_FOLDER,
+    EXPORT_FOLDER,
+    JOURNAL_FOLDER,
+    LEDGER_FILE,
+    RECIPE_FILE,
+    SLURM_FOLDER,
+    SPOOL,
+)
 from common.tracking.shipper import SpoolEnd
-from common.tracking.spool import SPOOL, Record
-
-ADDRESS_FILE = "broker.json"
-RECIPE_FILE = "recipe.toml"
+from common.tracking.spool import Record
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -39,29 +47,60 @@ def prepare(recipe: Recipe, *, resume: bool, fresh: bool) -> Path:
     if resume and fresh:
         raise UserError("--resume continues a run and --fresh begins another: give one of them.")
     if is_served(folder):
-        raise UserError(
-            f"'{folder}' is being served; stop it first (slipstream stop {folder}), or choose another name.",
-            setting="run.name",
-        )
+        raise _served(folder)
     if resume and not holds_a_run(folder):
         raise UserError(f"--resume finds no run in '{folder}'.", setting="run.name")
     if holds_a_run(folder) and not resume:
         if not fresh:
-            raise UserError(
-                f"'{folder}' already holds a run: continue it with --resume, set it aside with --fresh, or choose "
-                "another name.",
-                setting="run.name",
-            )
+            raise _taken(folder)
         _set_aside(folder)
     text = resolved_toml(recipe)
     if resume and text != (folder / RECIPE_FILE).read_text(encoding="utf-8"):
         check_same_run(recipe, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
+        with (folder / RECIPE_FILE).open("w" if resume else "x", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
+        if holds_a_run(folder) and isinstance(error, FileExistsError):
+            raise _taken(folder) from None  # by somebody who began at the same moment
         raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
     return folder
+
+
+def _served(folder: Path) -> UserError:
+    return UserError(
+        f"'{folder}' is being served; stop it first (slipstream stop {folder}), or choose another name.",
+        setting="run.name",
+    )
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(
+        f"'{folder}' already holds a run: continue it with --resume, set it aside with --fresh, or choose another name.",
+        setting="run.name",
+    )
+
+
+@contextmanager
+def launching(folder: Path) -> Iterator[None]:
+    """Keep other launchers out of the folder of a run: before its broker serves it they would change its recipe.
+
+    Raises:
+        UserError: another launcher has it, or it cannot be written.
+    """
+    try:
+        file = (folder / RECIPE_FILE).open("r+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                raise _served(folder) from None
+            # A file system without locks: its broker will say so.
+        yield
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> None:
@@ -72,10 +111,9 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
     """
     from broker.index import Index
     from broker.main import identity
-    from broker.run_folder import JOURNAL_FOLDER
     from broker.state import load_training_set
 
-    path = folder / JOURNAL_FOLDER / "ledger.sqlite"
+    path = folder / JOURNAL_FOLDER / LEDGER_FILE
     if not path.is_file():
         return
     with closing(Index(path, read_only=True)) as index:
@@ -100,6 +138,12 @@ def find_folder(name: str) -> Path:
         if holds_a_run(candidate):
             return candidate
     raise UserError(f"'{name}' is neither a run folder nor a run below ./runs.")
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with the run of a folder, where it ran before: on Slurm, or on one machine."""
+    verb = "submit" if (folder / SLURM_FOLDER).is_dir() else "run"
+    return f"slipstream {verb} {folder / RECIPE_FILE} --resume"
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -137,8 +181,9 @@ def check_unfinished(recipe: Recipe) -> None:
 
 
 def newest_model(folder: Path) -> Path | None:
-    """The run's newest checkpoint in the format of Hugging Face, or None."""
-    return max(folder.glob("checkpoints/step-*/hf"), default=None)
+    """The run's newest checkpoint in the format of Hugging Face, or None; one of this name is complete."""
+    configs = folder.glob(f"{CHECKPOINTS_FOLDER}/step-*/{EXPORT_FOLDER}/config.json")
+    return max((config.parent for config in configs), default=None)
 
 
 def read_address(folder: Path) -> dict[str, Any] | None:

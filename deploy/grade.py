@@ -78,11 +78,11 @@ def _sink(path: str, output: str | None, stack: ExitStack) -> TextIO:
     if output is None or output == "-":
         return sys.stdout
     if path != "-" and Path(output).exists() and Path(output).samefile(path):
-        raise UserError(f"{output} is the input file, which would be lost", setting="--output")
+        raise UserError(f"{output} is the input file, which would be lost", setting="--out")
     try:
         return stack.enter_context(open(output, "w", encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}", setting="--output") from error
+        raise UserError(f"cannot write {output}: {error.strerror}", setting="--out") from error
 
 
 def _graded(lines: Iterable[bytes], pool: Any) -> Iterator[Record]:
@@ -188,7 +188,7 @@ def grade(
     ],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="Where the graded lines go; default: standard output."),
+        typer.Option("--out", "-o", help="Where the graded lines go; default: standard output."),
     ] = None,
     level: Annotated[
         str, typer.Option(help="`fast`, or `full` (as strict, finds more equalities).")
@@ -213,5 +213,5 @@ def grade(
         sys.stderr.close()
         raise typer.Exit(1) from None
     except OSError as error:
-        raise UserError(f"cannot write the graded lines: {error.strerror}", setting="--output") from error
+        raise UserError(f"cannot write the graded lines: {error.strerror}", setting="--out") from error
     print(f"\n{summary(counts)}" if sys.stderr.isatty() else summary(counts), file=sys.stderr)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from common.recipe import Recipe
     from deploy.planning.assumed import Given
     from deploy.planning.calibrate import Calibration
-    from deploy.planning.recommend import Split
+    from deploy.planning.rates import Rates
+    from deploy.planning.recommend import RatesOf, Split
     from deploy.planning.workload import LogNormal, Recorded, Workload
 
 DEFAULT_GPUS = (8, 64, 512)
@@ -158,6 +159,7 @@ def _calibrated(
     splits = actors_for_learner(recipe, rates, workload, counts, seed)
     return {
         "recipe": recipe.run.name,
+        "calibrated": True,
         "rates": _rates_of_runs(recipe, rates, runs, calibration),
         "workload": _describe(workload),
         "rows": [_row(split, recipe, f"{split.actors} actors") for split in splits],
@@ -242,29 +244,38 @@ def _assumed(
     filtered: float | None,
     seed: int,
 ) -> dict[str, Any]:
-    from deploy.planning.assumed import a100_rates, sources
-    from deploy.planning.recommend import best_of_gpus
+    from deploy.planning.assumed import sources
     from deploy.planning.workload import DEFAULT_MEAN_SHARE, LogNormal, Workload
 
     shape = _shape(recipe)
     mean = mean_length or DEFAULT_MEAN_SHARE * recipe.rollout.max_tokens
     lengths = LogNormal(mean, recipe.rollout.max_tokens)
     workload = Workload(lengths, prompt_tokens or DEFAULT_PROMPT_TOKENS, filtered or 0.0)
+    rows, notes = _share_out(recipe, shape, given, workload, gpus, seed)
+    given_rows = [
+        (f"{name.replace('_', '-')} {value:g}", "given") for name, value in given.replaced().items()
+    ]
+    return {
+        "recipe": recipe.run.name,
+        "calibrated": False,
+        "rates": [*sources(shape.parameters, recipe.actor.max_sequences, given), *given_rows],
+        "workload": _describe(workload),
+        "rows": rows,
+        "recommended": rows[0]["actors"] if rows else None,
+        "notes": list(dict.fromkeys([ASSUMED, *notes])),
+    }
+
+
+def _share_out(
+    recipe: Recipe, shape: ModelShape, given: Given, workload: Workload, gpus: Sequence[int], seed: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The best split of each number of A100s, and what is to be said about them."""
+    from deploy.planning.recommend import best_of_gpus
+
     fewest = _fewest_ranks(recipe, shape)
     rows, notes = [], []
     for count in gpus:
-
-        def rates_of(ranks: int, count: int = count) -> Any:
-            return a100_rates(
-                shape.parameters,
-                slots=recipe.actor.max_sequences,
-                tensor_parallel=recipe.actor.tensor_parallel,
-                ranks=ranks,
-                updates=recipe.batch.optimizer_steps * recipe.algorithm.epochs,
-                gpus=count,
-                given=given,
-            )
-
+        rates_of = _rates_of_a100s(recipe, shape, given, count)
         split = best_of_gpus(recipe, rates_of, workload, count, fewest_ranks=fewest, seed=seed)
         if split is None:
             notes.append(
@@ -278,17 +289,24 @@ def _assumed(
             "GPUs are left over: one step has too few responses for more, and its longest response bounds it; raise "
             "batch.questions_per_step, or batch.max_staleness where the longest response is what is waited for"
         )
-    given_rows = [
-        (f"{name.replace('_', '-')} {value:g}", "given") for name, value in given.replaced().items()
-    ]
-    return {
-        "recipe": recipe.run.name,
-        "rates": [*sources(shape.parameters, recipe.actor.max_sequences, given), *given_rows],
-        "workload": _describe(workload),
-        "rows": rows,
-        "recommended": rows[0]["actors"] if rows else None,
-        "notes": list(dict.fromkeys([ASSUMED, *notes])),
-    }
+    return rows, notes
+
+
+def _rates_of_a100s(recipe: Recipe, shape: ModelShape, given: Given, gpus: int) -> RatesOf:
+    from deploy.planning.assumed import a100_rates
+
+    def rates_of(ranks: int) -> Rates:
+        return a100_rates(
+            shape.parameters,
+            slots=recipe.actor.max_sequences,
+            tensor_parallel=recipe.actor.tensor_parallel,
+            ranks=ranks,
+            updates=recipe.batch.optimizer_steps * recipe.algorithm.epochs,
+            gpus=gpus,
+            given=given,
+        )
+
+    return rates_of
 
 
 def _shape(recipe: Recipe) -> ModelShape:
@@ -397,7 +415,7 @@ def _print(recipe: Recipe, found: dict[str, Any]) -> None:
     for row in found["rows"]:
         table.add_row(*_cells(row))
     console.print(table)
-    if found["recommended"] and not found["rates"][0][1].startswith("assumed"):
+    if found["calibrated"]:
         console.print(f"recommended: {found['recommended']} actors for this learner", highlight=False)
     for note in found["notes"]:
         console.print(f"[dim]note: {note}[/dim]", highlight=False)

@@ -11,13 +11,18 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
 from common.model_files import ModelShape, read_shape, require_tokenizer
 from common.recipe import Recipe
+from common.run_files import SLURM_FOLDER, SLURM_STATE_FILE
 from common.telemetry import visible_gpus
+from deploy.folder import resume_command
+from deploy.launch.layout import share_out
+from deploy.launch.machine import this_machine
 from deploy.memory import actor_memory, free_host_bytes, learner_memory, smallest_gpu_bytes
 
 log = logging.getLogger("slipstream.preflight")
@@ -27,31 +32,80 @@ MIB = 1 << 20
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
 
 
-def preflight(
-    recipe: Recipe, *, questions: bool = True, ports: bool = True, memory: bool = True
-) -> ModelShape:
-    """Check a recipe against this machine; returns the model's sizes.
+@dataclass
+class Subject:
+    """A recipe that is looked at, and what the checks have found out about it.
+
+    Attributes:
+        note: is given what is odd, but no reason to refuse.
+        shape: sizes of the model; None before they are known.
+        questions: number of training questions; None before they are known.
+    """
+
+    recipe: Recipe
+    note: Callable[[str], object]
+    shape: ModelShape | None = None
+    questions: int | None = None
+
+    def _read_model(self) -> None:
+        self.shape = check_model(self.recipe)
+
+    def _read_questions(self) -> None:
+        self.questions = check_questions(self.recipe, self.note)
+
+    def _with_sizes(self, check: Callable[[Recipe, ModelShape], None]) -> None:
+        if self.shape is not None:  # else it has been said that they are unknown
+            check(self.recipe, self.shape)
+
+
+# What `slipstream run` refuses and `slipstream check` foretells, in the order in which it is said: what is quick to
+# know comes first.
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "template": lambda subject: check_template(subject.recipe),
+    "addresses": lambda subject: check_addresses(subject.recipe),
+    "tracking": lambda subject: check_tracking(subject.recipe),
+    "host": lambda subject: check_host(subject.recipe),
+    "ports": lambda subject: check_ports(subject.recipe),
+    "keys": lambda subject: check_keys(subject.recipe),
+    "route": lambda subject: check_route(subject.recipe),
+    "devices": lambda subject: check_devices(subject.recipe),
+    "model": Subject._read_model,
+    "reward": lambda subject: check_reward(subject.recipe),
+    "disk": lambda subject: subject._with_sizes(check_disk),
+    "memory": lambda subject: subject._with_sizes(check_memory),
+    "questions": Subject._read_questions,
+}
+# Those that only hold on the machine of learner and actors, and those that only hold once the run is about to start.
+OF_THE_MACHINE = ("route", "devices", "memory")
+OF_THE_START = ("host", "ports", "keys")
+
+
+def preflight(recipe: Recipe, *, without: Collection[str] = ()) -> None:
+    """Check a recipe against this machine.
 
     Args:
-        recipe: the resolved recipe.
-        questions: also load the question sets (reads files; may ask the hub).
-        ports: also check that fixed ports are free.
-        memory: also check that learner and actors fit into this machine; false where they will run on others.
+        without: names of `CHECKS` that do not matter here.
+
+    Raises:
+        UserError: the first defect.
     """
-    check_template(recipe)
-    check_addresses(recipe)
-    check_tracking(recipe)
-    shape = check_model(recipe)
-    check_reward(recipe)
-    check_disk(recipe, shape)
-    if memory:
-        check_route(recipe)
-        check_memory(recipe, shape)
-    if questions:
-        check_questions(recipe)
-    if ports:
-        check_ports(recipe)
-    return shape
+    examine(Subject(recipe, log.warning), _refuse, without)
+
+
+def examine(
+    subject: Subject, refused: Callable[[str, UserError, Subject], None], without: Collection[str] = ()
+) -> None:
+    """Do the checks in their order; `refused` is given the name of a check and what it found, and may raise it."""
+    for name, check in CHECKS.items():
+        if name not in without:
+            try:
+                check(subject)
+            except UserError as error:
+                refused(name, error, subject)
+
+
+def _refuse(_name: str, error: UserError, _subject: Subject) -> None:
+    raise error
 
 
 def check_model(recipe: Recipe) -> ModelShape:
@@ -137,6 +191,22 @@ def check_tracking(recipe: Recipe) -> None:
     )
 
 
+def check_host(recipe: Recipe) -> None:
+    """The addresses that broker and learner listen on are this machine's: a run on Slurm keeps those of its node."""
+    for setting, address in (("broker.bind", recipe.broker.bind), ("weights.bind", recipe.weights.bind)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((address, 0))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    continue  # said where a port is wanted there
+                sent = (recipe.folder / SLURM_FOLDER / SLURM_STATE_FILE).exists()
+                remedy = f"; the run was sent to Slurm: {resume_command(recipe.folder)}" if sent else ""
+                raise UserError(
+                    f"'{address}' is not an address of this machine{remedy}.", setting=setting
+                ) from None
+
+
 def check_ports(recipe: Recipe) -> None:
     """Ports that the recipe fixes are free, and no two of them the same."""
     fixed = (
@@ -172,6 +242,11 @@ def check_route(recipe: Recipe) -> None:
         raise UserError(
             "'nccl' needs the learner on a GPU: take 'auto', 'gloo' or 'disk'.", setting="weights.route"
         )
+
+
+def check_devices(recipe: Recipe) -> None:
+    """This machine has the cores or GPUs that the recipe gives to its processes."""
+    share_out(recipe, *this_machine())
 
 
 def check_keys(recipe: Recipe) -> None:
@@ -233,14 +308,15 @@ def _check_gpu_memory(recipe: Recipe, shape: ModelShape, size: float | None) -> 
         learner, actor = learner + actor, learner + actor
     if learner > size and not recipe.launch.shared_gpu:
         raise UserError(
-            f"a learner rank needs about {learner / MIB:,.0f} MiB of a GPU's {size / MIB:,.0f} MiB: lower it, raise "
-            "learner.ranks or learner.zero_stage, or keep the snapshots in host memory (weights.route = 'gloo').",
+            f"a learner rank needs about {learner / MIB:,.0f} MiB, but the GPU has {size / MIB:,.0f} MiB: lower "
+            "learner.micro_batch_tokens, raise learner.ranks or learner.zero_stage, or keep the snapshots in host "
+            "memory (weights.route = 'gloo').",
             setting="learner.micro_batch_tokens",
         )
     if actor > size:
         raise UserError(
-            f"vLLM's share of a GPU and what a push receives beside it are about {actor / MIB:,.0f} MiB of "
-            f"{size / MIB:,.0f} MiB: lower it.",
+            f"vLLM plus the receive buffers of a weight push need about {actor / MIB:,.0f} MiB, but the GPU has "
+            f"{size / MIB:,.0f} MiB: lower actor.gpu_memory_utilization.",
             setting="actor.gpu_memory_utilization",
         )
 

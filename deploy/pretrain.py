@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from common.recipe import find_recipe, load_toml_model
+from deploy.check import SetOption
 from learner.pretraining.recipe import PretrainRecipe
 
 LINES = 20  # of progress in a log, where no bar can be drawn
@@ -18,9 +19,7 @@ LINES = 20  # of progress in a log, where no bar can be drawn
 
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="Pretraining recipe: a TOML file or a shipped one's name.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key (repeatable).")
-    ] = None,
+    overrides: SetOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Train a small Qwen2-architecture base model on MiniMath text and print what it can do."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from broker.recording import open_recording
 from broker.state import load_training_set, rules_of
 from common.errors import UserError
 from common.process import die_with_parent
+from common.program import own_program
 from common.recipe import Recipe, resolved_toml
-from deploy.folder import RECIPE_FILE, find_folder, newest_model, read_address, read_recipe
+from common.run_files import RECIPE_FILE
+from deploy.folder import find_folder, newest_model, read_address, read_recipe
 from deploy.launch.layout import share_out
 from deploy.launch.machine import this_machine
 from deploy.launch.supervisor import first_error
@@ -45,7 +46,7 @@ def start_replay(name: str) -> Path:
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(resolved_toml(recipe), encoding="utf-8")
     _take_learners_share(recipe)
-    command = [sys.executable, "-m", "deploy", "broker", str(folder / RECIPE_FILE), "--resume"]
+    command = [*own_program(), "broker", str(folder / RECIPE_FILE), "--resume"]
     with (folder / "broker.log").open("ab") as log:
         broker = subprocess.Popen(
             [*command, "--replay", str(recorded)],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import replace_json
+from common.run_files import FIGURE_FILE, RECIPE_FILE, SPOOL, SUMMARY_FILE
 from common.tracking.spool import Record, read_spool
 
 Summary = dict[str, Any]
@@ -48,7 +49,7 @@ class Points:
 
 def read_points(folder: Path) -> Points:
     """The points of a run folder."""
-    return Points(read_spool(folder / "metrics.jsonl"))
+    return Points(read_spool(folder / SPOOL))
 
 
 def summarise(folder: Path, end: Mapping[str, Any]) -> Summary:
@@ -56,7 +57,7 @@ def summarise(folder: Path, end: Mapping[str, Any]) -> Summary:
     points, final = read_points(folder), end["final"]
     first, last = final.get("first_lease_time"), final.get("last_commit_time")
     seconds = last - first if first and last else None
-    prepared = (folder / "recipe.toml").stat().st_mtime
+    prepared = (folder / RECIPE_FILE).stat().st_mtime
     return {
         "run": final["run"],
         "status": end["status"],
@@ -119,7 +120,7 @@ def _last(values: Sequence[float]) -> float | None:
 
 def write_summary(folder: Path, summary: Summary) -> Path:
     """Write summary.json, whole or not at all."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY_FILE
     replace_json(path, summary, indent=2)
     return path
 
@@ -127,7 +128,7 @@ def write_summary(folder: Path, summary: Summary) -> Path:
 def read_summary(folder: Path) -> Summary | None:
     """summary.json of a run, or None."""
     try:
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -149,7 +150,7 @@ def draw_progress(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> Pat
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Slipstream: {folder.name}")
-    path = folder / "progress.png"
+    path = folder / FIGURE_FILE
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -9,11 +9,13 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.run_files import ADDRESS_FILE, RECIPE_FILE
 from deploy.check import RecipeArgument, SetOption
 
 if TYPE_CHECKING:
@@ -43,33 +45,32 @@ def run(
     second Ctrl-C ends everything at once.
     """
     from common.errors import EXIT_USER_ERROR
-    from common.keys import check_client, check_server
     from common.recipe import load_recipe
-    from deploy.folder import RECIPE_FILE, check_unfinished, prepare
+    from deploy.folder import check_unfinished, holds_a_run, launching, prepare
     from deploy.preflight import preflight
 
     loaded = load_recipe(recipe, overrides or ())
     preflight(loaded)
-    if loaded.broker.keys is not None:
-        check_server(loaded.broker.keys)
-        check_client(loaded.broker.keys)
-    if resume:
-        check_unfinished(loaded)
-    changes = _what_changes(loaded) if resume else []
-    before = _recipe_text(loaded.folder) if resume else None
-    folder = prepare(loaded, resume=resume, fresh=fresh)
-    for line in changes:
-        typer.echo(line)
-    code = run_here(loaded, folder, resume=resume, quiet=quiet)
-    if code == EXIT_USER_ERROR and before is not None:
-        # A worker refused what changed: the folder's own recipe is what the run goes on with.
-        (folder / RECIPE_FILE).write_text(before, encoding="utf-8")
+    with ExitStack() as held:
+        if holds_a_run(loaded.folder):
+            held.enter_context(launching(loaded.folder))
+        if resume:
+            check_unfinished(loaded)
+        changes = _what_changes(loaded) if resume else []
+        before = _recipe_text(loaded.folder) if resume else None
+        folder = prepare(loaded, resume=resume, fresh=fresh)
+        if not resume:
+            held.enter_context(launching(folder))
+        for line in changes:
+            typer.echo(line)
+        code = run_here(loaded, folder, resume=resume, quiet=quiet)
+        if code == EXIT_USER_ERROR and before is not None:
+            # A worker refused what changed: the folder's own recipe is what the run goes on with.
+            (folder / RECIPE_FILE).write_text(before, encoding="utf-8")
     raise typer.Exit(code)
 
 
 def _recipe_text(folder: Path) -> str | None:
-    from deploy.folder import RECIPE_FILE
-
     path = folder / RECIPE_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
@@ -78,7 +79,7 @@ def _what_changes(recipe: Recipe) -> list[str]:
     """Name the settings that a resumed run had otherwise until now: those of an earlier --set are easily forgotten."""
     from common.errors import UserError
     from common.tracking.tables import flatten
-    from deploy.folder import RECIPE_FILE, holds_a_run, read_recipe
+    from deploy.folder import holds_a_run, read_recipe, resume_command
 
     if not holds_a_run(recipe.folder):
         return []
@@ -91,8 +92,7 @@ def _what_changes(recipe: Recipe) -> list[str]:
     changed = [key for key in keys if before.get(key) != now.get(key)]
     lines = [f"resumed with {key} = {now.get(key)!r}; until now {before.get(key)!r}" for key in changed]
     if changed:
-        again = f"slipstream run {recipe.folder / RECIPE_FILE} --resume"
-        lines.append(f"to go on with everything as it was: {again}")
+        lines.append(f"to go on with everything as it was: {resume_command(recipe.folder)}")
     return lines
 
 
@@ -100,7 +100,6 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     """Launch, watch and end a run whose folder is prepared; returns the exit code."""
     from broker.run_folder import is_served
     from deploy.display import Display
-    from deploy.folder import ADDRESS_FILE
     from deploy.launch.supervisor import Supervisor
 
     address = folder / ADDRESS_FILE
@@ -133,7 +132,7 @@ def _workers(recipe: Recipe, folder: Path, resume: bool) -> list[Worker]:
     from deploy.launch.supervisor import Worker, command
 
     layout = share_out(recipe, *this_machine())
-    resolved, run_folder = str(folder / "recipe.toml"), str(folder)
+    resolved, run_folder = str(folder / RECIPE_FILE), str(folder)
     ranks = ["--ranks", str(recipe.learner.ranks)] if recipe.learner.ranks > 1 else []
     learn = ["learner", "--run", run_folder, *ranks]
     workers = [
@@ -209,6 +208,8 @@ def _stop(supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: 
     Args:
         patience_s: silence of the broker after which nobody is waited for.
     """
+    from deploy.folder import resume_command
+
     display.say(
         "stopping: actors hand back their work, the learner finishes its step and writes a checkpoint; "
         "Ctrl-C again ends everything at once, without it"
@@ -225,7 +226,7 @@ def _stop(supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: 
     supervisor.end(term_s=TERM_S)
     display.say_where()
     where = "" if display.step is None else f" at step {display.step}"
-    display.say(f"stopped{where}; continue with: slipstream run {display.folder / 'recipe.toml'} --resume")
+    display.say(f"stopped{where}; continue with: {resume_command(display.folder)}")
     return 130
 
 

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from common.errors import UserError
+from common.run_files import ADDRESS_FILE, SLURM_FOLDER, SLURM_STATE_FILE
 
 
 def scale(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or name.")],
-    actors: Annotated[int, typer.Option(min=0, help="How many actors there shall be.")],
+    actors: Annotated[int, typer.Option(min=0, help="Target number of actors.")],
 ) -> None:
     """Change the number of actors of a run; the learner goes on meanwhile.
 
@@ -26,10 +27,9 @@ def scale(
     `slipstream actor --run RUN` or `--join HOST:PORT`.
     """
     from deploy.folder import find_folder
-    from deploy.slurm.state import STATE_FILE
 
     folder = find_folder(run).resolve()
-    if (folder / "slurm" / STATE_FILE).exists():
+    if (folder / SLURM_FOLDER / SLURM_STATE_FILE).exists():
         from deploy.slurm.scale import scale_array
 
         typer.echo(scale_array(folder, actors))
@@ -44,7 +44,7 @@ def _send_away(folder: Path, wanted: int) -> str:
 
     found = read_address(folder)
     if found is None:
-        raise UserError(f"'{folder}' has no running broker (no broker.json).", setting="RUN")
+        raise UserError(f"'{folder}' has no running broker (no {ADDRESS_FILE}).", setting="RUN")
     address, keys = found["address"], read_recipe(folder).broker.keys
     going = surplus(ask_status(address, keys)["peers"], wanted)
     if not going:
@@ -66,8 +66,8 @@ def surplus(peers: Mapping[str, Mapping[str, Any]], wanted: int) -> list[str]:
     ]
     if len(staying) < wanted:
         raise UserError(
-            f"{len(staying)} actors are in the run, and outside Slurm more of them are started where they shall run: "
-            "slipstream actor --run RUN, or --join HOST:PORT from another host.",
+            f"the run has {len(staying)} actors; without Slurm, start more on the host where they should run: "
+            "slipstream actor --run RUN, or --join HOST:PORT from a host that does not see the run folder.",
             setting="--actors",
         )
     return [name for _, name in sorted(staying)[wanted:]]

@@ -16,8 +16,6 @@ import typer
 from common.errors import UserError
 
 PORT = 8000
-_WORD = re.compile(r"[A-Za-z0-9._,:+-]+")
-_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 _FOLDER = re.compile(r"[A-Za-z0-9._/+-]+")
 
 
@@ -29,6 +27,13 @@ def serve(
         str, typer.Option(help="auto: as stored (DeepSeek-V3: FP8, Hopper or newer); bf16: for A100.")
     ] = "auto",
     max_context: Annotated[int, typer.Option(min=1, help="Tokens of prompt + response.")] = 8192,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address that the endpoint listens on; default: the first node's, as serve.sh is given it, or "
+            "loopback where it is given none."
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the endpoint, on the first node.")] = PORT,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     time: Annotated[str | None, typer.Option(help="Slurm time limit.")] = None,
@@ -41,10 +46,13 @@ def serve(
     DeepSeek-V3-Base and R1-Zero (671 B parameters): 2 nodes of 8 x H100-80GB as stored (FP8), or 4 nodes of
     8 x A100-80GB with --precision bf16 and a checkpoint converted to BF16. Then:
     slipstream study reflection --full --endpoint http://NODE:8000 --endpoint-model MODEL
+
+    An endpoint that is not on loopback needs a key: set VLLM_API_KEY before sbatch or serve.sh, and OPENAI_API_KEY to
+    the same for the study.
     """
     name = model.rstrip("/").rsplit("/", 1)[-1]
     folder = (out or Path("serve") / name).resolve()
-    _check(name, folder, precision, partition, time)
+    _check(name, folder, precision, partition, time, host)
     command = serve_command(
         model,
         tensor_parallel=nodes * gpus,
@@ -57,6 +65,7 @@ def serve(
         name=name,
         nodes=nodes,
         gpus=gpus,
+        host=host,
         port=port,
         partition=partition,
         time=time,
@@ -79,7 +88,7 @@ def serve_command(
     """
     command = ["vllm", "serve", model, "--tensor-parallel-size", str(tensor_parallel)]
     command += ["--distributed-executor-backend", "mp"]
-    command += ["--max-model-len", str(max_context), "--host", "0.0.0.0", "--port", str(port)]
+    command += ["--max-model-len", str(max_context), "--port", str(port)]
     if precision == "bf16":
         command += ["--dtype", "bfloat16"]
     if trust_remote_code:
@@ -89,16 +98,9 @@ def serve_command(
 
 def render(**values: Any) -> dict[str, str]:
     """File name -> text of the two scripts."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from deploy.templates import templates_in
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "serving"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # shell, not HTML
-    )
+    environment = templates_in(Path(__file__).parent / "serving")
     values |= {"job": f"serve-{values['name']}", "master_port": values["port"] + 1}
     return {
         name: environment.get_template(f"{name}.jinja").render(values)
@@ -106,16 +108,22 @@ def render(**values: Any) -> dict[str, str]:
     }
 
 
-def _check(name: str, folder: Path, precision: str, partition: str | None, time: str | None) -> None:
+def _check(
+    name: str, folder: Path, precision: str, partition: str | None, time: str | None, host: str | None
+) -> None:
+    from deploy.slurm.plan import NAME, TIME
+
     if precision not in ("auto", "bf16"):
         raise UserError(f"'{precision}' is unknown; valid ones: auto, bf16", setting="--precision")
-    if not _WORD.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UserError(f"'{name}' cannot name a job", setting="MODEL")
     if not _FOLDER.fullmatch(str(folder)):
         raise UserError(f"'{folder}' holds characters that a batch file cannot", setting="--out")
-    if partition is not None and not _WORD.fullmatch(partition):
+    if partition is not None and not NAME.fullmatch(partition):
         raise UserError(f"'{partition}' is not a name that Slurm accepts", setting="--partition")
-    if time is not None and not _TIME.fullmatch(time):
+    if host is not None and not NAME.fullmatch(host):
+        raise UserError(f"'{host}' is not an address", setting="--host")
+    if time is not None and not TIME.fullmatch(time):
         raise UserError(f"'{time}' is not a time limit: write MINUTES or HH:MM:SS", setting="--time")
 
 

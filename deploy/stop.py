@@ -30,6 +30,6 @@ def stop(
     find_target(run, join, keys).ask(Stop(reason="slipstream stop"))
     again = run if run is not None else f"--join {join}"
     typer.echo(
-        "stopping: the learner finishes its step and writes a checkpoint, then everybody leaves; "
-        f"`slipstream status {again}` shows who is waited for"
+        "stopping: the learner finishes its step and writes a checkpoint, then all processes exit; "
+        f"`slipstream status {again}` shows what is still pending"
     )

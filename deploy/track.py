@@ -17,6 +17,7 @@ from pathlib import Path
 from broker.run_folder import is_served
 from common import stacks
 from common.errors import UserError
+from common.run_files import RECIPE_FILE, SPOOL
 from common.tracking.shipper import (
     INTERRUPTED,
     PATIENCE_S,
@@ -26,9 +27,9 @@ from common.tracking.shipper import (
     ship_until_end,
     tracking_uri,
 )
-from common.tracking.spool import SPOOL, Record
+from common.tracking.spool import Record
 from common.tracking.tags import run_tags
-from deploy.folder import RECIPE_FILE, read_recipe
+from deploy.folder import read_recipe
 from deploy.report import draw_progress, summarise, write_summary
 
 log = logging.getLogger("slipstream.tracking")
@@ -87,7 +88,8 @@ def _alone(folder: Path) -> Iterator[None]:
             except OSError:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"another process delivers '{folder}' to MLflow; it is enough.", setting="RUN"
+                        f"another process is already delivering '{folder}' to MLflow; nothing to do.",
+                        setting="RUN",
                     ) from None
                 time.sleep(0.1)
         yield

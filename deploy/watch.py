@@ -18,7 +18,7 @@ from common.errors import SlipstreamError, UserError
 from common.messages import Hello, Message, Status, StatusQuery, Stop
 from common.software import software_version
 from common.wire import BrokerUnreachable, Client, RefusedError
-from deploy.folder import RECIPE_FILE, find_folder, newest_folder, read_address, read_recipe
+from deploy.folder import find_folder, newest_folder, read_address, read_recipe, resume_command
 
 PERIOD_S = 1.0
 ANSWER_S = 5.0
@@ -120,13 +120,11 @@ def find_target(run: str | None, join: str | None, keys: Path | None) -> Target:
 
 def not_running(folder: Path) -> UserError:
     """What to say of a folder that nobody serves."""
-    verb = "submit" if (folder / "slurm").is_dir() else "run"
-    again = f"slipstream {verb} {folder / RECIPE_FILE} --resume"
-    return UserError(f"'{folder}' is not running (it has no broker); go on with: {again}")
+    return UserError(f"'{folder}' is not running (it has no broker); go on with: {resume_command(folder)}")
 
 
 def ask_status(
-    address: str, keys: Path | None, *, groups: bool = False, timeout_s: float = 5.0
+    address: str, keys: Path | None, *, groups: bool = False, timeout_s: float = ANSWER_S
 ) -> dict[str, Any]:
     """The status of the run behind `address`; see `ask`."""
     reply = ask(address, keys, StatusQuery(groups=groups), timeout_s)
@@ -147,19 +145,28 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         client: Client | None = None
         address = None
-        while not self._ending.wait(PERIOD_S):
-            found = read_address(self._folder)
-            if found is None:
-                continue
-            if client is None or found["address"] != address:
-                address = found["address"]
-                client = observer(address, self._keys)
-            try:
-                reply = client.request(StatusQuery(), timeout_s=5.0).message
-            except SlipstreamError:
-                continue
-            if isinstance(reply, Status):
-                self.latest, self.answered = reply.status, time.monotonic()
+        try:
+            while not self._ending.wait(PERIOD_S):
+                found = read_address(self._folder)
+                if found is None:
+                    continue
+                if client is None or found["address"] != address:
+                    if client is not None:
+                        client.close()
+                    address = found["address"]
+                    client = observer(address, self._keys)
+                self._look(client)
+        finally:
+            if client is not None:
+                client.close()
+
+    def _look(self, client: Client) -> None:
+        try:
+            reply = client.request(StatusQuery(), timeout_s=ANSWER_S).message
+        except SlipstreamError:
+            return
+        if isinstance(reply, Status):
+            self.latest, self.answered = reply.status, time.monotonic()
 
     def stop(self) -> None:
         """End the thread at its next turn."""
@@ -171,11 +178,8 @@ def ask_to_stop(folder: Path, keys: Path | None, reason: str, timeout_s: float =
     found = read_address(folder)
     if found is None:
         return False
-    client = observer(found["address"], keys)
     try:
-        client.request(Stop(reason=reason), timeout_s=timeout_s)
-        return True
+        ask(found["address"], keys, Stop(reason=reason), timeout_s)
     except SlipstreamError:
         return False
-    finally:
-        client.close()
+    return True

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from common.errors import RunFailedError, UserError, report
-from common.tracking.spool import SPOOL
+from common.run_files import ADDRESS_FILE, RECIPE_FILE, SPOOL
 from deploy.check import RecipeArgument, SetOption
 
 JoinOption = Annotated[str | None, typer.Option("--join", metavar="HOST:PORT", help="Address of the broker.")]
@@ -51,7 +51,7 @@ def _find_broker(join: str | None, run: str | None, keys: Path | None) -> tuple[
     if join is not None:
         return join, keys
     from common.wire import from_file
-    from deploy.folder import ADDRESS_FILE, find_folder, read_recipe
+    from deploy.folder import find_folder, read_recipe
 
     folder = find_folder(str(run))
     # The file, not what it says now: a broker that is started again may have another port, or another node.
@@ -62,15 +62,20 @@ def _find_broker(join: str | None, run: str | None, keys: Path | None) -> tuple[
 
 def _wait_for_broker(folder: Path, address: str, keys: Path | None) -> None:
     """Wait until the run's broker answers, for as long as the run has not ended: a queued job may hold it."""
+    from deploy.folder import resume_command
+
     if _has_ended(folder):
         logging.getLogger("slipstream").warning(
-            "the run in '%s' has ended; waiting %.0f s for somebody who goes on with it",
+            "the run in '%s' has ended; waiting %.0f s in case it is resumed",
             folder,
             ASK_FOR_BROKER_S,
         )
     while not _broker_answers(folder, address, keys):
         if _has_ended(folder):
-            raise UserError(f"the run in '{folder}' has ended: nobody serves it.", setting="--run")
+            raise UserError(
+                f"the run in '{folder}' has ended and has no broker; resume it with `{resume_command(folder)}`.",
+                setting="--run",
+            )
         logging.getLogger("slipstream").warning("still waiting for the broker of '%s'", folder)
 
 
@@ -132,11 +137,12 @@ def broker(
 
 def _start_tracker(folder: Path) -> subprocess.Popen:
     from common.process import die_with_parent
+    from common.program import own_program
 
     points = folder / SPOOL
     known = points.stat().st_size if points.exists() else 0
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy", "track", str(folder), "--beyond", str(known)],
+        [*own_program(), "track", str(folder), "--beyond", str(known)],
         stdin=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )
@@ -145,7 +151,6 @@ def _start_tracker(folder: Path) -> subprocess.Popen:
 def _has_ended(folder: Path) -> bool:
     """Whether the run's last point is its end, and nobody has prepared the folder to go on since."""
     from common.tracking.spool import read_spool
-    from deploy.folder import RECIPE_FILE
 
     newest = deque(read_spool(folder / SPOOL), maxlen=1)
     if not newest or newest[0].kind != "end":
@@ -236,6 +241,7 @@ def _learn(address: str, keys: Path | None, resume: bool) -> int:
 
 def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int:
     from common.messages import Goodbye
+    from common.program import own_program
     from common.wire import RefusedError
     from deploy.launch.ranks import run_ranks
     from deploy.watch import observer
@@ -248,7 +254,7 @@ def _run_ranks(ranks: int, address: str, keys: Path | None, resume: bool) -> int
         raise RunFailedError(f"the broker refused the learner: {error}") from None
     finally:
         client.close()
-    program = ["-m", "deploy", "learner", "--join", address]
+    program = [*own_program(), "learner", "--join", address]
     program += [*(["--resume"] if resume else []), *(["--keys", str(keys)] if keys else [])]
     return run_ranks(ranks, program, folder)
 

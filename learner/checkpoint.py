@@ -31,6 +31,7 @@ from torch import Tensor
 from common.errors import RunFailedError, UserError
 from common.files import replace_json, to_disk
 from common.recipe.schema import Recipe
+from common.run_files import EXPORT_FOLDER
 from learner.durable import cut_short, damage_of
 from learner.engine import Engine
 from learner.model import bytes_of_checkpoint
@@ -39,7 +40,6 @@ from learner.ranks import Ranks
 log = logging.getLogger("slipstream.learner")
 
 POINTER = "latest.json"
-EXPORT = "hf"
 REMAINS = (".partial-*", ".deleted-*")  # of a crash
 SET_ASIDE = (".ahead-*", ".damaged-*")
 # A change of these makes the saved state another model's or another layout's.
@@ -181,7 +181,7 @@ class Checkpoints:
         engine.deepspeed.save_checkpoint(
             str(self.folder), tag=partial.name, client_state=state, save_latest=False
         )
-        export(partial / EXPORT)
+        export(partial / EXPORT_FOLDER)
         self._ranks.barrier()
 
     def _give_up(self, partial: Path, reason: str) -> None:

@@ -30,6 +30,7 @@ from common.errors import RunFailedError, UserError
 from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
 from common.model_files import tokenizer_digest
 from common.recipe.schema import Recipe
+from common.run_files import CHECKPOINTS_FOLDER
 from common.software import software_version
 from common.systemd import Watchdog, notify_ready
 from common.wire import BrokerUnreachable, Client, RefusedError
@@ -212,7 +213,7 @@ class Learner:
         return tokenizer
 
     def _restore(self, resume: bool) -> None:
-        folder = Path(self._welcome.folder) / "checkpoints"
+        folder = Path(self._welcome.folder) / CHECKPOINTS_FOLDER
         self._checkpoints = Checkpoints(folder, self._recipe, self._ranks)
         saved = self._choose(resume) if self._ranks.leads else None
         step = int(self._ranks.broadcast(str(-1 if saved is None else saved.step).encode(), self._ranks.main))

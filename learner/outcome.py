@@ -12,8 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError
-
-FILE = "learner.exit"
+from common.run_files import OUTCOME_FILE
 
 
 @contextmanager
@@ -24,18 +23,18 @@ def kept_outcome(folder: Path) -> Iterator[None]:
     except (UserError, RunFailedError) as error:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RUN_FAILED
         with suppress(OSError):  # a full disk must not hide the error itself
-            (folder / FILE).write_text(f"{code}\n", encoding="ascii")
+            (folder / OUTCOME_FILE).write_text(f"{code}\n", encoding="ascii")
         raise
 
 
 def forget_outcome(folder: Path) -> None:
     """Remove what an earlier start of the learner has left."""
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / OUTCOME_FILE).unlink(missing_ok=True)
 
 
 def read_outcome(folder: Path) -> int | None:
     """The exit code that a rank has left; None when none has, or it cannot be read."""
     try:
-        return int((folder / FILE).read_text(encoding="ascii"))
+        return int((folder / OUTCOME_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None

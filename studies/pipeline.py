@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import RunFailedError
+from common.program import own_program
+from common.run_files import SPOOL, SUMMARY_FILE
 from common.tracking.spool import Record, read_spool
 from studies.verdict import Row
 
@@ -44,15 +45,15 @@ def run_recipe(recipe: str, name: str, root: Path, settings: Mapping[str, Any]) 
         RunFailedError: the run ended with an error; its own words are on standard error.
     """
     folder = root / name
-    if not (folder / "summary.json").exists():
+    if not (folder / SUMMARY_FILE).exists():
         chosen = {**settings, "run.name": name, "run.root": str(root)}
         options = [word for key, value in chosen.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-        command = [sys.executable, "-m", "deploy", "run", recipe, "--quiet", *resume, *options]
+        resume = ["--resume"] if (folder / SPOOL).exists() else []
+        command = [*own_program(), "run", recipe, "--quiet", *resume, *options]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise RunFailedError(f"'slipstream run {recipe}' ended with exit code {done.returncode}")
-    return [*rows_of(read_spool(folder / "metrics.jsonl")), *_wall_clock(folder)]
+    return [*rows_of(read_spool(folder / SPOOL)), *_wall_clock(folder)]
 
 
 def rows_of(records: Iterable[Record]) -> list[Row]:
@@ -79,6 +80,6 @@ def _evaluation(values: Mapping[str, Any]) -> Row:
 
 
 def _wall_clock(folder: Path) -> list[Row]:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     keys = ("seconds", "learner_idle_share", "staleness_mean", "staleness_max")
     return [{"kind": "clock", "step": summary["steps"], **{key: summary.get(key) for key in keys}}]

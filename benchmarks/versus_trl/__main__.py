@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.curve import Curve
 from benchmarks.whole_run import BARE, run
+from common.program import own_program
 from common.recipe import find_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +69,7 @@ def _make_base(point: str) -> None:
     """The point's base model, unless it is there; `slipstream pretrain` says what it can do."""
     recipe, folder = BASES.get(point, (None, None))
     if folder is not None and not folder.is_dir():
-        command = [sys.executable, "-m", "deploy", "pretrain", str(recipe)]
+        command = [*own_program(), "pretrain", str(recipe)]
         subprocess.run(command, check=True, stdout=sys.stderr, cwd=HERE.parents[1])
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from common.errors import UserError
 from common.recipe.explain import explain
 from common.recipe.schema import Recipe, RunSection
+from common.run_files import RECIPE_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = REPOSITORY / "recipes"
@@ -43,7 +44,7 @@ def find_recipe(name: str | Path) -> Path:
 
 def _not_found(path: Path) -> UserError:
     if path.is_dir():
-        own = path / "recipe.toml"
+        own = path / RECIPE_FILE
         hint = f"; that of the run in it is '{own}'" if own.is_file() else ""
         return UserError(f"'{path}' is a folder, not a recipe{hint}.")
     if path.is_file():

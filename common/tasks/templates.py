@@ -116,7 +116,7 @@ def template_text(name: str) -> str:
     return _entry(name).text
 
 
-def get_template(spec: str, *, model: str | None = None) -> Template:
+def get_template(spec: str, *, model: str | None = None, trust_remote_code: bool = False) -> Template:
     """The template of a name, or a custom one from a string that contains `{question}`.
 
     A custom template that mentions `<answer>` stops at `</answer>` and is scored by the answer tag; any other
@@ -126,6 +126,7 @@ def get_template(spec: str, *, model: str | None = None) -> Template:
         spec: registry name (`TEMPLATES`) or a string with `{question}`.
         model: path or hub id whose tokenizer's chat template `llama_instruct` and `r1_distill` wrap around
             the question; other templates ignore it.
+        trust_remote_code: run code that comes with that tokenizer.
 
     Raises:
         UserError: unknown name, or a chat template without a model that has one.
@@ -134,7 +135,8 @@ def get_template(spec: str, *, model: str | None = None) -> Template:
         return _custom(spec)
     entry = _entry(spec)
     if entry.chat:
-        render = functools.partial(_render_chat, spec, entry.text, _chat_tokenizer(spec, model))
+        tokenizer = _chat_tokenizer(spec, model, trust_remote_code)
+        render = functools.partial(_render_chat, spec, entry.text, tokenizer)
     else:
         render = functools.partial(_fill, entry.text)
     return Template(spec, render, list(entry.stop), entry.include_stop, entry.extraction)
@@ -156,12 +158,12 @@ def _custom(text: str) -> Template:
 
 
 @functools.lru_cache(maxsize=4)
-def _chat_tokenizer(name: str, model: str | None):
+def _chat_tokenizer(name: str, model: str | None, trust_remote_code: bool):
     if model is None:
         raise UserError(f"template '{name}' uses the model's chat template: name the model")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"template '{name}' needs a chat template, and the tokenizer of '{model}' has none")
     return tokenizer

@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from common.files import replace_json
-from common.tracking.spool import SPOOL, read_spool
+from common.run_files import SPOOL
+from common.tracking.spool import read_spool
 
 FILE = "tracking.json"
 ERROR_LENGTH = 300

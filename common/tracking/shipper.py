@@ -17,10 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common.run_files import SPOOL
 from common.tracking.catalogue import full_name
 from common.tracking.delivery import Delivery, one_line, without_password
 from common.tracking.mlflow_run import MlflowRun, connect
-from common.tracking.spool import SPOOL, Record, read_spool
+from common.tracking.spool import Record, read_spool
 from common.tracking.tables import Tables, flatten, is_table
 
 log = logging.getLogger("slipstream.tracking")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SPOOL = "metrics.jsonl"
 END_ATTEMPTS, END_RETRY_S = 30, 1.0  # without its end a run would count as running for ever
 
 

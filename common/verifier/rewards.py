@@ -20,9 +20,12 @@ names its verdict. The module is imported once per worker, outside of the deadli
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -32,7 +35,7 @@ RewardFunction = Callable[[str, Mapping[str, Any]], float | tuple[float, str]]
 
 
 def load_reward(path: str) -> RewardFunction:
-    """The function at `package.module:function`.
+    """The function at `package.module:function`, installed or in the working directory.
 
     Raises:
         UserError: the path is malformed, the module cannot be imported, or it has no such function.
@@ -41,7 +44,8 @@ def load_reward(path: str) -> RewardFunction:
     if not (module and colon and name):
         raise UserError(f"{path!r} is not of the form 'package.module:function'", setting="reward")
     try:
-        function = getattr(importlib.import_module(module), name)
+        with _working_directory():
+            function = getattr(importlib.import_module(module), name)
     except Exception as error:
         raise UserError(f"cannot load {path!r}: {type(error).__name__}: {error}", setting="reward") from error
     if not callable(function):
@@ -49,10 +53,26 @@ def load_reward(path: str) -> RewardFunction:
     return function
 
 
+@contextlib.contextmanager
+def _working_directory() -> Iterator[None]:
+    """Modules of the working directory can be imported, as long as a user's code does it.
+
+    Not for longer: a `studies` or `deploy.py` there would stand before Slipstream's own.
+    """
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may have taken it out
+            sys.path.remove(here)
+
+
 def apply_reward(function: RewardFunction, response: str, question: Mapping[str, Any]) -> Verdict:
     """Calls the function and turns what it returns into a verdict; never raises an Exception."""
     try:
-        result = function(response, question)
+        with _working_directory():
+            result = function(response, question)
     except Exception as error:
         return unverified(f"the reward function raised {type(error).__name__}: {error}")
     reward, named = result if isinstance(result, tuple) and len(result) == 2 else (result, None)

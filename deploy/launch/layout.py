@@ -38,6 +38,9 @@ class Share:
         """Environment variables that make a process keep to its part."""
         variables = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        variables["CUDA_DEVICE_ORDER"] = (
+            "PCI_BUS_ID"  # as NVML counts, which gave the indices; CUDA: fastest first
+        )
         if self.roaming is not None and self.cores is not None:
             variables[ENGINE_CORES_VARIABLE] = ",".join(map(str, self.cores))
         return variables

@@ -40,7 +40,7 @@ def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
 
     Args:
         ranks: how many.
-        program: what each of them runs: a script or `-m MODULE`, and its arguments.
+        program: argument vector that each of them runs.
         folder: the run's.
 
     Returns:
@@ -51,8 +51,16 @@ def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
     stop = _StopSignal()
     torchrun = subprocess.Popen(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-            "--signals-to-handle=SIGHUP,SIGQUIT",
+            # -P: a `torch.py` of the working directory is not torch.
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+            ),
+            *("--signals-to-handle=SIGHUP,SIGQUIT", "--no-python"),
             *program,
         ],
         preexec_fn=_prepare,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from common import stacks
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
 from common.process import die_with_parent, end_groups, use_cores, wait_for
+from common.program import own_program
 from deploy.launch.layout import Share
 
 BACKOFF_S = 1.0
@@ -180,5 +180,5 @@ def _cause(code: int) -> str:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line of a verb, run by the same interpreter."""
-    return [sys.executable, "-m", "deploy", *arguments]
+    """The command line of a verb of this installation."""
+    return [*own_program(), *arguments]

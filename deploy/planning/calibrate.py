@@ -22,11 +22,11 @@ import numpy as np
 
 from broker.journal import Journal
 from broker.meters import EDGES
-from broker.run_folder import JOURNAL_FOLDER
 from broker.state import rules_of
 from common.errors import UserError
 from common.messages import GroupHeader
 from common.recipe.schema import Recipe
+from common.run_files import JOURNAL_FOLDER, LEDGER_FILE
 from deploy.folder import find_folder, read_recipe
 from deploy.planning.rates import Rates
 from deploy.planning.simulate import simulate
@@ -160,7 +160,7 @@ def _staleness(points: Points) -> float:
 
 def _headers(folder: Path, recipe: Recipe) -> list[GroupHeader]:
     """Headers of the groups that the journal still holds."""
-    if not (folder / JOURNAL_FOLDER / "ledger.sqlite").exists():
+    if not (folder / JOURNAL_FOLDER / LEDGER_FILE).exists():
         return []
     try:
         journal = Journal(folder / JOURNAL_FOLDER, read_only=True)

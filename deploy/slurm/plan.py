@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.program import own_program
 from common.recipe import Recipe
-from deploy.launch.program import own_program
 
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 NAME = re.compile(r"[A-Za-z0-9._,:+-]+")
@@ -170,9 +170,7 @@ def tasks_of(actors: int, per_job: int) -> int:
         UserError: they do not fill them.
     """
     if actors % per_job:
-        raise UserError(
-            f"{actors} actors do not fill jobs of {per_job} (--actors-per-job).", setting="--actors"
-        )
+        raise UserError(f"{actors} is not a multiple of --actors-per-job {per_job}.", setting="--actors")
     return actors // per_job
 
 

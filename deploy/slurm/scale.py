@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
+from common.run_files import SLURM_FOLDER
 from deploy.slurm import queue
 from deploy.slurm.plan import tasks_of
 from deploy.slurm.queue import Task
@@ -67,7 +68,7 @@ def scale_array(folder: Path, actors: int) -> str:
         state.leaving = [label for label in state.leaving if label in {task.label for task in tasks}]
         change = plan_change(tasks, set(state.leaving), wanted)
         if change.add:
-            file = str(folder / "slurm" / "actors.sbatch")
+            file = str(folder / SLURM_FOLDER / "actors.sbatch")
             after = f"--dependency=after:{state.head}"
             state.arrays.append(queue.submit_file(file, after, f"--array={queue.array_ranges(change.add)}"))
         state.leaving += [task.label for task in change.ask]

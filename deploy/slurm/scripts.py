@@ -1,7 +1,6 @@
 """The batch files of a plan, from the templates beside this module.
 
-Invariant: a name that a template uses and the plan lacks is an error, never an empty string; paths and words
-are quoted for the shell.
+Invariant: paths and words are quoted for the shell.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from deploy.slurm.plan import Plan
+from deploy.templates import templates_in
 
 TEMPLATES = ("head.sbatch", "actors.sbatch")
 
@@ -25,14 +23,7 @@ def render(plan: Plan, *, set_addresses: bool) -> dict[str, str]:
         set_addresses: the job's script finds the node's address and sets `broker.bind` and `weights.bind`;
             false where the recipe names an address itself.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # shell, not HTML
-    )
+    environment = templates_in(Path(__file__).parent)
     options = plan.options
     values = {
         **{name: getattr(plan, name) for name in ("name", "program", "head_job", "actors_job", "restarts")},

@@ -16,8 +16,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import replace_json
-
-STATE_FILE = "state.json"
+from common.run_files import SLURM_FOLDER, SLURM_STATE_FILE
 
 
 @dataclass
@@ -43,7 +42,7 @@ class State:
 
 def write_state(folder: Path, state: State) -> None:
     """Replace the state of the run in `folder`."""
-    replace_json(folder / "slurm" / STATE_FILE, asdict(state), indent=2)
+    replace_json(folder / SLURM_FOLDER / SLURM_STATE_FILE, asdict(state), indent=2)
 
 
 def read_state(folder: Path) -> State:
@@ -52,18 +51,20 @@ def read_state(folder: Path) -> State:
     Raises:
         UserError: the run was not submitted to Slurm, or the file is damaged.
     """
-    path = folder / "slurm" / STATE_FILE
+    path = folder / SLURM_FOLDER / SLURM_STATE_FILE
     try:
         return State(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"'{folder}' was not submitted to Slurm (no slurm/{STATE_FILE}).") from None
+        raise UserError(
+            f"'{folder}' was not submitted to Slurm (no {SLURM_FOLDER}/{SLURM_STATE_FILE})."
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}.") from None
 
 
 def earlier_state(folder: Path) -> State | None:
     """The same; None where the run was never submitted."""
-    return read_state(folder) if (folder / "slurm" / STATE_FILE).exists() else None
+    return read_state(folder) if (folder / SLURM_FOLDER / SLURM_STATE_FILE).exists() else None
 
 
 @contextmanager
@@ -76,9 +77,9 @@ def locked(folder: Path) -> Iterator[None]:
     from broker.run_folder import no_flock
 
     try:
-        file = (folder / "slurm" / ".lock").open("w")
+        file = (folder / SLURM_FOLDER / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write '{folder / 'slurm'}': {error.strerror}.") from None
+        raise UserError(f"cannot write '{folder / SLURM_FOLDER}': {error.strerror}.") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

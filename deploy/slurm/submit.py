@@ -7,15 +7,16 @@ half-way takes back what it has sent: a run is on the cluster whole or not at al
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from common.errors import UserError
+from common.run_files import ADDRESS_FILE, RECIPE_FILE, SLURM_FOLDER, SLURM_STATE_FILE
 from deploy.check import RecipeArgument, SetOption
 from deploy.slurm.arguments import (
     Account,
@@ -75,8 +76,26 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """Submit a recipe to Slurm: one job with broker and learner, and a job array of actors."""
-    given = dict(locals())
-    given |= {"extra": sbatch, "head_extra": head_sbatch, "actor_extra": actor_sbatch}
+    given = {
+        "learner_nodes": learner_nodes,
+        "actors": actors,
+        "actors_per_job": actors_per_job,
+        "partition": partition,
+        "actor_partition": actor_partition,
+        "gpus_per_node": gpus_per_node,
+        "cpus_per_gpu": cpus_per_gpu,
+        "time": time,
+        "actor_time": actor_time,
+        "lead": lead,
+        "account": account,
+        "qos": qos,
+        "actor_qos": actor_qos,
+        "interface": interface,
+        "setup": setup,
+        "extra": sbatch,
+        "head_extra": head_sbatch,
+        "actor_extra": actor_sbatch,
+    }
     resolved, options = resolve(recipe, overrides or (), given, resume=resume)
     submit_recipe(resolved, options, resume=resume, fresh=fresh, dry_run=dry_run)
 
@@ -89,11 +108,10 @@ def resolve(
     Args:
         recipe: a TOML file, or the name of a shipped recipe.
         overrides: "section.key=value" strings.
-        given: what the caller typed, by the names of `Options`; others are ignored.
+        given: what the caller typed, by the names of `Options`.
         resume: options that were not given are those of the earlier submission.
     """
     from common.recipe import find_recipe, load_recipe
-    from deploy.folder import RECIPE_FILE
     from deploy.slurm.plan import Options, cluster_overrides
     from deploy.slurm.state import earlier_state
 
@@ -167,13 +185,19 @@ def submit_recipe(
 
 def _check_recipe(recipe: Recipe, *, dry_run: bool) -> None:
     from common.model_files import require_weights
-    from deploy.preflight import check_addresses, check_template, preflight
+    from deploy.preflight import (
+        OF_THE_MACHINE,
+        OF_THE_START,
+        check_addresses,
+        check_template,
+        preflight,
+    )
 
     if dry_run:  # may be far from the cluster, its model and its data
         check_template(recipe)
         check_addresses(recipe)
     else:
-        preflight(recipe, ports=False, memory=False)  # a login node has no GPUs
+        preflight(recipe, without=(*OF_THE_START, *OF_THE_MACHINE))  # a login node has no GPUs
         require_weights(recipe.model.path)
 
 
@@ -181,17 +205,19 @@ def _wait_until_left(folder: Path) -> None:
     """The queue has no job of this name any more; the broker of a cancelled one takes seconds to leave."""
     from broker.run_folder import is_served
 
-    deadline = time.monotonic() + LEAVE_S
+    deadline = monotonic() + LEAVE_S
     if is_served(folder):
         typer.echo(f"waiting for the broker that still serves '{folder}' to leave")
-    while is_served(folder) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    while is_served(folder) and monotonic() < deadline:
+        sleep(0.5)
 
 
 def _never_sent(folder: Path) -> bool:
     """Whether a folder holds only what --dry-run has written: it may be written again."""
-    ours = {"recipe.toml", "keys", "slurm"}
-    return {path.name for path in folder.iterdir()} <= ours and not (folder / "slurm" / "state.json").exists()
+    ours = {RECIPE_FILE, "keys", SLURM_FOLDER}
+    return {path.name for path in folder.iterdir()} <= ours and not (
+        folder / SLURM_FOLDER / SLURM_STATE_FILE
+    ).exists()
 
 
 def _check_with_slurm(plan: Plan, scripts: dict[str, str]) -> None:
@@ -206,8 +232,8 @@ def _check_with_slurm(plan: Plan, scripts: dict[str, str]) -> None:
             queue.require_partition(partition, option=option)
     if waiting := queue.queued(plan.head_job) or queue.queued(plan.actors_job):
         raise UserError(
-            f"a run of this name is on the cluster already (job {waiting[0].job}): choose another, or end it with "
-            f"scancel --name={plan.head_job},{plan.actors_job}.",
+            f"a run with this name is already queued or running (job {waiting[0].job}): choose another run.name, or "
+            f"cancel it with scancel --name={plan.head_job},{plan.actors_job}.",
             setting="run.name",
         )
     for name, script in scripts.items():
@@ -246,9 +272,9 @@ def _make_keys(recipe: Recipe) -> None:
 
 def _write(folder: Path, scripts: dict[str, str]) -> None:
     try:
-        (folder / "slurm").mkdir(exist_ok=True)
+        (folder / SLURM_FOLDER).mkdir(exist_ok=True)
         for name, script in scripts.items():
-            (folder / "slurm" / name).write_text(script, encoding="utf-8")
+            (folder / SLURM_FOLDER / name).write_text(script, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write '{folder}': {error.strerror}.", setting="run.root") from None
 
@@ -257,7 +283,7 @@ def _send(plan: Plan, finds_addresses: bool) -> None:
     from deploy.slurm import queue
     from deploy.slurm.state import State, write_state
 
-    files = plan.folder / "slurm"
+    files = plan.folder / SLURM_FOLDER
     head = queue.submit_file(str(files / "head.sbatch"))
     arrays: list[int] = []
     try:
@@ -276,8 +302,13 @@ def _report(plan: Plan, keys: Path | None, *, dry_run: bool) -> None:
     per_node = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "on the CPU"
     typer.echo(
         f"run {plan.name}: learner of {plan.ranks} ranks on {options.learner_nodes} nodes ({per_node} each), "
-        f"{options.actors} actors; files in {plan.folder / 'slurm'}"
+        f"{options.actors} actors; files in {plan.folder / SLURM_FOLDER}"
     )
+    if not any(line.startswith("--mem") for line in (*options.extra, *options.head_extra)):
+        typer.echo(
+            "no memory is asked for: where `scontrol show config` has a small DefMemPerCPU or DefMemPerNode, give "
+            "--sbatch=--mem-per-gpu=60G or the like (by estimate a 7B learner of 4 ranks takes 100 GB of its node)"
+        )
     if dry_run:
         typer.echo("nothing was submitted (--dry-run)")
         return
@@ -291,5 +322,5 @@ def _report(plan: Plan, keys: Path | None, *, dry_run: bool) -> None:
     )
     typer.echo(
         f"an actor that does not see this folder: slipstream actor --join HOST:PORT{f' --keys {keys}' if keys else ''} "
-        f"(the address is in {plan.folder / 'broker.json'} once the job runs; copy the keys there)"
+        f"(the address is in {plan.folder / ADDRESS_FILE} once the job runs; copy the keys there)"
     )

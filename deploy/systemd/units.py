@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, UserError
+from common.run_files import RECIPE_FILE
 from deploy.check import RecipeArgument, SetOption
 from deploy.systemd.environment import counted, environments, hub_cache
 from deploy.systemd.host import TEMPLATES, Host, Role
@@ -27,9 +28,7 @@ def units(
     host_role: Annotated[
         list[Role] | None, typer.Option(help="What this host does; default: all. Repeatable.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write to; default: RUN/systemd/HOST.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the files; default: RUN/systemd/HOST.")] = None,
     user: Annotated[bool, typer.Option("--user", help="Units for your own systemd instance.")] = False,
     run_as: Annotated[str | None, typer.Option(help="Account of system units; default: yours.")] = None,
     actors: Annotated[
@@ -50,11 +49,13 @@ def units(
     loaded = load_recipe(recipe, overrides or ())
     loaded = load_recipe(recipe, [*(overrides or ()), f'run.root="{loaded.run.root.resolve()}"'])
     if run_as and user:
-        raise UserError("units of a user's own instance run as that user: leave it out.", setting="--run-as")
+        raise UserError(
+            "cannot be combined with --user: user units already run under your account.", setting="--run-as"
+        )
     host = Host(
         roles=tuple(host_role or [Role.all]),
         actors=loaded.actor.count if actors is None else actors,
-        output=(output or loaded.folder / "systemd" / socket.gethostname()).resolve(),
+        output=(out or loaded.folder / "systemd" / socket.gethostname()).resolve(),
         join=join,
         user_manager=user,
         run_as=run_as or getpass.getuser(),
@@ -76,11 +77,12 @@ def write_units(recipe: Recipe, host: Host, *, program: tuple[str, ...] | None =
             the host has less than the recipe asks of it.
     """
     from deploy.folder import holds_a_run, prepare
-    from deploy.preflight import preflight
+    from deploy.preflight import OF_THE_MACHINE, OF_THE_START, preflight
 
     _check_host(host)
     if "broker" in host.workers:
-        preflight(counted(recipe, host), ports=False, memory=host.shared)
+        elsewhere = () if host.shared else OF_THE_MACHINE
+        preflight(counted(recipe, host), without=(*OF_THE_START, *elsewhere))
         if not holds_a_run(recipe.folder):
             prepare(recipe, resume=False, fresh=False)
     files = _render(recipe, host, program) | environments(recipe, host)
@@ -94,7 +96,7 @@ def write_units(recipe: Recipe, host: Host, *, program: tuple[str, ...] | None =
                 (host.output / name).chmod(0o600)
             (host.output / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write '{host.output}': {error.strerror}.", setting="--output") from None
+        raise UserError(f"cannot write '{host.output}': {error.strerror}.", setting="--out") from None
     return [name for name in files if name.endswith((".service", ".target"))]
 
 
@@ -113,22 +115,15 @@ def _check_host(host: Host) -> None:
     if others:
         raise UserError(
             f"'{host.output}' holds a unit of the {others[0]}, which slipstream.target would not start any more: name "
-            "all that this host does in one call (--host-role may be repeated), or another --output.",
+            "all that this host does in one call (--host-role may be repeated), or another --out.",
             setting="--host-role",
         )
 
 
 def _render(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict[str, str]:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from deploy.templates import templates_in
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # unit files, not HTML
-    )
+    environment = templates_in(Path(__file__).parent)
     values = _values(recipe, host, program)
     wanted = {f"slipstream-{TEMPLATES[worker]}": TEMPLATES[worker] for worker in host.workers}
     wanted["slipstream.target"] = "slipstream.target"
@@ -139,7 +134,7 @@ def _render(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict
 
 
 def _values(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict[str, Any]:
-    from deploy.launch.program import own_program
+    from common.program import own_program
 
     folder = recipe.folder
     where = ["--join", host.join] if host.join else ["--run", str(folder)]
@@ -148,7 +143,7 @@ def _values(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict
     return {
         "name": recipe.run.name,
         "program": quoted(program or own_program()),
-        "recipe": quoted([str(folder / "recipe.toml")]),
+        "recipe": quoted([str(folder / RECIPE_FILE)]),
         "join": quoted(where),
         "directory": escaped(str(Path.cwd())),
         "environment": escaped(str(host.output / "slipstream.env")),
@@ -175,7 +170,7 @@ def _members(host: Host) -> list[str]:
 def escaped(text: str) -> str:
     """Text in a unit file with systemd's own specifiers switched off."""
     if "\n" in text:
-        raise UserError(f"{text!r} cannot stand in a unit file.", setting="--output")
+        raise UserError(f"{text!r} cannot stand in a unit file.", setting="--out")
     return text.replace("%", "%%")
 
 

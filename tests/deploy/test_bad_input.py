@@ -260,6 +260,8 @@ def test_every_verb_has_help_that_teaches(tmp_path: Path) -> None:
         (["weights.route='nccl'", "launch.device='cpu'"], "weights.route: 'nccl' needs the learner on a GPU"),
         (["broker.keys='nokeys'"], "broker.keys: 'nokeys/server.key_secret' does not exist"),
         (["broker.port=7001", "weights.port=7001"], "weights.port: port 7001 on 127.0.0.1 is broker.port's"),
+        (["tracking.uri='localhost:5000'"], "tracking.uri: 'localhost:5000' begins with none of"),
+        (["launch.device='cpu'", "launch.actor_cores=4096"], "launch.actor_cores: "),
     ],
 )
 def test_check_refuses_what_run_would(recipe: Path, settings: list[str], words: str) -> None:

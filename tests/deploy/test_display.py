@@ -46,7 +46,9 @@ def test_the_table_at_the_end_says_where_the_model_is_and_why_it_ended(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     for step in (2, 10):
-        (recipe.folder / "checkpoints" / f"step-{step:06d}" / "hf").mkdir(parents=True)
+        model = recipe.folder / "checkpoints" / f"step-{step:06d}" / "hf"
+        model.mkdir(parents=True)
+        (model / "config.json").touch()
     write_summary(
         recipe.folder, {"status": status, "reason": reason, "steps": steps, "ledger": {"leased": 1}}
     )

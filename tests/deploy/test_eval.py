@@ -20,6 +20,7 @@ from common.errors import RunFailedError, UserError
 from common.evaluation import AnswerFile
 from deploy import eval as eval_module
 from deploy import eval_screen
+from deploy.folder import newest_model
 
 
 class FakeTokenizer:
@@ -29,6 +30,13 @@ class FakeTokenizer:
         return {"input_ids": [ord(c) for c in text]}
 
 
+class ChatTokenizer:
+    chat_template = "there is one"
+
+    def apply_chat_template(self, message, **_):
+        return message[0]["content"]
+
+
 class FakeEngine:
     """Boxes the length of the prompt; with a seed, one more for odd seeds."""
 
@@ -36,9 +44,11 @@ class FakeEngine:
     max_context = 50
     kv_cache_tokens = 200
     started = 0
+    arguments: dict
 
     def __init__(self, **arguments):
         type(self).started += 1
+        type(self).arguments = arguments
         self.asked: Counter[str] = Counter()
         self.running = self.most = 0
 
@@ -248,12 +258,12 @@ class TestCommand:
         export = run / "checkpoints" / "step-000005" / "hf"
         export.parent.mkdir(parents=True)
         Path("models/m").rename(export)
-        (run / "checkpoints" / "latest.json").write_text('{"step": 5, "folder": "step-000005"}')
         (run / "recipe.toml").write_text(
-            f'[model]\npath = "m"\ndtype = "float32"\nmax_context = 40\n[data]\ntrain = "demo-train"\ntemplate = "no"\n'
+            f'[model]\npath = "m"\ntrust_remote_code = true\ndtype = "float32"\nmax_context = 40\n[data]\ntrain = "demo-train"\ntemplate = "no"\n'
             f'[rollout]\nmax_tokens = 30\n[eval]\nsets = ["{questions_file}"]\n'
         )
         assert "88.9" in command("--run", "r", "--no-mlflow")
+        assert FakeEngine.arguments["trust_remote_code"] is True
         (folder,) = Path("runs/eval").iterdir()
         kept = json.loads((folder / "settings.json").read_text())
         assert {name: kept[name] for name in ("dtype", "max_tokens", "max_context", "template")} == {
@@ -264,6 +274,18 @@ class TestCommand:
         }
         command("--run", "r", "--no-mlflow", "--dtype", "bfloat16", "--max-tokens", "20")
         assert FakeEngine.started == 2
+
+    def test_code_of_the_model_runs_only_where_that_was_said(self, command, questions_file, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            "transformers.AutoTokenizer.from_pretrained",
+            lambda model, **options: asked.append(options["trust_remote_code"]) or ChatTokenizer(),
+        )
+        arguments = ["models/m", "-b", questions_file, "--template", "r1_distill", "--no-mlflow"]
+        command(*arguments, "--out", "a")
+        assert (FakeEngine.arguments["trust_remote_code"], asked.pop()) == (False, False)
+        command(*arguments, "--out", "b", "--trust-remote-code")
+        assert (FakeEngine.arguments["trust_remote_code"], asked.pop()) == (True, True)
 
     def test_small_models_need_no_budget_named(self, command, questions_file):
         command("models/m", "-b", questions_file, "--template", "no", "--no-mlflow")
@@ -303,21 +325,20 @@ class TestNewestExport:
         export.mkdir(parents=True)
         if complete:
             (export / "config.json").write_text("{}")
-        pointer = {"step": step, "folder": f"step-{step:06d}"}
-        (folder / "checkpoints" / "latest.json").write_text(json.dumps(pointer))
         return export
 
-    def test_follows_the_pointer(self, tmp_path):
-        self.checkpoint(tmp_path, 5)
+    def test_is_the_last_complete_one(self, tmp_path):
+        assert newest_model(tmp_path) is None
         newest = self.checkpoint(tmp_path, 10)
-        assert eval_module.newest_export(tmp_path) == newest
+        self.checkpoint(tmp_path, 5)
+        self.checkpoint(tmp_path, 20, complete=False)
+        assert newest_model(tmp_path) == newest
 
-    def test_none_yet(self, tmp_path):
+    def test_none_yet(self, command):
+        Path("runs/r").mkdir(parents=True)
+        Path("runs/r/recipe.toml").write_text('[model]\npath = "m"\n[data]\ntrain = "demo-train"\n')
         with pytest.raises(UserError, match=r"^--run: the run in .* has no exported checkpoint yet"):
-            eval_module.newest_export(tmp_path)
-        self.checkpoint(tmp_path, 5, complete=False)
-        with pytest.raises(UserError, match="no exported checkpoint"):
-            eval_module.newest_export(tmp_path)
+            command("--run", "r")
 
 
 def test_decisive_settings_exist():

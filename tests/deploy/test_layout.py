@@ -23,6 +23,12 @@ def test_two_cores_are_one_each() -> None:
     assert layout.actors[0].environment()["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_gpus_are_counted_as_nvml_counts_them() -> None:
+    layout = share_out(recipe(), [0, 1], ["0", "1"])
+    environment = layout.actors[0].environment()
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+
+
 @given(cores=st.integers(1, 64), ranks=st.integers(1, 4), count=st.integers(1, 8))
 def test_no_core_is_given_out_twice(cores: int, ranks: int, count: int) -> None:
     layout = share_out(recipe(learner={"ranks": ranks}, actor={"count": count}), list(range(cores)), [])

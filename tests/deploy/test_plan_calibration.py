@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from broker.journal import Journal
 from broker.meters import EDGES, Meters
-from broker.run_folder import JOURNAL_FOLDER
 from common.errors import UserError
 from common.recipe import Recipe, resolved_toml
+from common.run_files import JOURNAL_FOLDER
 from common.tracking.spool import Spool
 from deploy.planning.calibrate import (
     ASSUMED_HALF_RATE,

@@ -110,6 +110,25 @@ def test_json_has_a_row_for_each_number_of_gpus() -> None:
     assert any("not measured" in note for note in found["notes"])
 
 
+def test_what_fits_a_recorded_learner_is_not_recommended_for_a100s_even_where_every_rate_is_given() -> None:
+    options = [
+        "--set",
+        "batch.questions_per_step=8",
+        "--set",
+        "run.steps=4",
+        "--gpus",
+        "8",
+        "--mean-length",
+        "100",
+    ]
+    rates = {"actor-rate": 1000, "decode-ms": 20, "learner-rate": 500, "update-seconds": 1, "push-seconds": 3}
+    done = run(
+        "paper-7b", *options, *(word for name, rate in rates.items() for word in (f"--{name}", str(rate)))
+    )
+    assert (done.exit_code, "actor-rate 1000 (given)" in done.output) == (0, True), done.output
+    assert "recommended" not in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from learner.outcome import FILE, kept_outcome, read_outcome
+from common.run_files import OUTCOME_FILE
+from learner.outcome import kept_outcome, read_outcome
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARENT = (
     "import sys; from pathlib import Path; from deploy.launch.ranks import run_ranks\n"
-    "sys.exit(run_ranks(2, [*sys.argv[1:3], str(sys.argv[3])], Path(sys.argv[3])))\n"
+    "sys.exit(run_ranks(2, [sys.executable, *sys.argv[1:4]], Path(sys.argv[3])))\n"
 )
 # What a rank does by way of example; it "imports" for a while before it listens to signals, as a real one does.
 RANK = """
@@ -70,7 +71,7 @@ def until_started(folder: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "code"), [("mismatch", 4), ("crash", 1)])
 def test_the_code_is_that_of_the_rank_that_failed(tmp_path: Path, mode: str, code: int) -> None:
-    (tmp_path / FILE).write_text("2\n")  # of an earlier start
+    (tmp_path / OUTCOME_FILE).write_text("2\n")  # of an earlier start
     assert start(tmp_path, mode).wait(120.0) == code, (tmp_path / "log").read_text()
     assert read_outcome(tmp_path) == (4 if mode == "mismatch" else None)
 

@@ -72,7 +72,9 @@ def test_what_is_replayed_and_where_is_said(
     monkeypatch.setattr("deploy.replay._wait", lambda *_: None)
     folder = start_replay(str(recorded))
     for step in (2, 6):
-        (folder / "checkpoints" / f"step-{step:06d}" / "hf").mkdir(parents=True)
+        model = folder / "checkpoints" / f"step-{step:06d}" / "hf"
+        model.mkdir(parents=True)
+        (model / "config.json").touch()
     say_trained(folder)
     said = capsys.readouterr().out
     assert f"the 6 recorded steps of '{recorded}', in '{folder}'" in said

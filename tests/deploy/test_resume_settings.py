@@ -10,9 +10,11 @@ import typer
 
 from common.errors import UserError
 from common.recipe import load_recipe
-from common.tracking.spool import SPOOL, Spool
+from common.run_files import ADDRESS_FILE, RECIPE_FILE, SLURM_FOLDER, SPOOL
+from common.tracking.spool import Spool
 from deploy import preflight, run
-from deploy.folder import ADDRESS_FILE, RECIPE_FILE, check_unfinished, prepare, read_recipe
+from deploy.folder import check_unfinished, launching, prepare, read_recipe
+from deploy.slurm.state import State, write_state
 from tests.scripted.broker import running_broker, scripted_recipe
 
 
@@ -57,6 +59,40 @@ def test_a_run_that_is_served_is_left_alone(tmp_path: Path, how: dict[str, bool]
     assert not recipe.folder.with_name("test.1").exists()
     prepare(changed, resume=True, fresh=False)
     assert read_recipe(recipe.folder).learner.lr == 0.5
+
+
+def test_two_launchers_of_one_run_do_not_meet_before_its_broker_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"run.root='{tmp_path}'"
+    changed = [root, "learner.lr=0.5"]
+    folder = prepare(load_recipe("demo", [root]), resume=False, fresh=False)
+    before = (folder / RECIPE_FILE).read_text()
+    monkeypatch.setattr(preflight, "preflight", lambda _: None)
+    monkeypatch.setattr(run, "run_here", lambda *_, **__: 0)
+    for how in ({"resume": True}, {"fresh": True}):
+        with (
+            launching(folder),
+            pytest.raises(UserError, match=r"^run\.name: '.*' is being served; stop it first"),
+        ):
+            run.run("demo", changed, **how)
+        assert (folder / RECIPE_FILE).read_text() == before
+    with pytest.raises(typer.Exit):
+        run.run("demo", changed, resume=True)
+    assert read_recipe(folder).learner.lr == 0.5
+
+
+def test_a_run_on_slurm_is_not_resumed_on_another_host(tmp_path: Path) -> None:
+    here = {"broker": {"bind": "192.0.2.1"}, "weights": {"bind": "192.0.2.1"}}
+    recipe = scripted_recipe(tmp_path, **here)
+    said = r"^broker\.bind: '192\.0\.2\.1' is not an address of this machine"
+    with pytest.raises(UserError, match=f"{said}\\.$"):
+        preflight.check_host(recipe)
+    (recipe.folder / SLURM_FOLDER).mkdir(parents=True)
+    write_state(recipe.folder, State(run="test", head=1))
+    with pytest.raises(UserError, match=f"{said}; .*slipstream submit .*recipe.toml --resume"):
+        preflight.check_host(recipe)
+    preflight.check_host(scripted_recipe(tmp_path))
 
 
 def test_what_may_not_change_within_a_run_is_refused_before_the_recipe_is_written(tmp_path: Path) -> None:

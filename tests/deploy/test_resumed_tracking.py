@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from broker.run_folder import Claim, is_served
 from common.recipe import load_recipe, resolved_toml
+from common.run_files import RECIPE_FILE, SPOOL
 from common.tracking.delivery import Delivery
 from common.tracking.shipper import SpoolEnd
-from common.tracking.spool import SPOOL, Spool
+from common.tracking.spool import Spool
 from deploy import track as tracking
 from deploy import workers
-from deploy.folder import RECIPE_FILE, prepare, read_recipe
+from deploy.folder import prepare, read_recipe
 from tests.scripted.broker import scripted_recipe
 
 END = '{"time": 1, "kind": "end", "step": 5, "values": {}}\n'

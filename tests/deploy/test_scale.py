@@ -47,7 +47,7 @@ def test_a_run_goes_on_with_fewer_actors(tmp_path: Path, capsys: pytest.CaptureF
         code, said = scale(4)
         assert (code, said.count("\n")) == (2, 1)
         assert said.startswith(
-            "error: --actors: 1 actors are in the run, and outside Slurm more of them are started"
+            "error: --actors: the run has 1 actors; without Slurm, start more on the host where they should run"
         )
         for worker in [*actors, learner]:
             worker.stop()
@@ -76,5 +76,5 @@ def test_who_leaves_or_is_gone_counts_no_more() -> None:
     peers = {"a": actor(1.0), "b": actor(2.0, state="draining"), "c": actor(3.0, alive=False)}
     assert surplus(peers, 0) == ["a"]
     assert surplus(peers, 1) == []
-    with pytest.raises(UserError, match="--actors: 1 actors are in the run"):
+    with pytest.raises(UserError, match="--actors: the run has 1 actors"):
         surplus(peers, 2)

@@ -96,6 +96,20 @@ def test_the_code_of_the_rank_that_failed_counts_and_not_that_of_its_victims(sta
     assert any("--name=slipstream-demo-actors" in call for call in stage.calls("scancel"))
 
 
+def test_nccl_takes_another_jobs_gpus_on_the_same_node_for_another_host(stage: Stage) -> None:
+    stage.stand_in("hostname", "echo node-1", noted=False)
+    stage.stand_in("program", BROKER)
+    # What srun starts: a shell for each rank, on its own node.
+    ranks = 'while [ "$1" != bash ]; do shift; done; bash -c "$3" rank env | grep NCCL_HOSTID >head; exit 2'
+    stage.stand_in("srun", ranks)
+    stage.play("head.sbatch")
+    assert (stage.folder / "head").read_text() == "NCCL_HOSTID=node-1-77\n"
+    stage.stand_in("squeue", "echo 77")
+    stage.stand_in("program", "env | grep NCCL_HOSTID >actor")
+    stage.play("actors.sbatch")
+    assert (stage.folder / "actor").read_text() == "NCCL_HOSTID=node-1-77\n"
+
+
 def test_a_learner_that_was_killed_is_started_again(stage: Stage) -> None:
     stage.stand_in("program", BROKER)
     (stage.run_folder / "learner.exit").write_text("2\n")  # of an earlier start

@@ -133,7 +133,7 @@ def test_actors_of_whole_nodes(recipe_file):
     whole = {"gpus_per_node": 8, "actors": 12, "actors_per_job": 4}
     actors = scripts_of(recipe_file, *gpu, **whole)["actors.sbatch"]
     assert {"--array=0-2", "--gpus-per-node=8", "--cpus-per-task=64"} <= set(directives(actors))
-    with pytest.raises(UserError, match="--actors: 10 actors do not fill jobs of 4"):
+    with pytest.raises(UserError, match="--actors: 10 is not a multiple of --actors-per-job 4"):
         scripts_of(recipe_file, actors=10, actors_per_job=4)
 
 
@@ -144,7 +144,7 @@ def test_scaling_counts_in_whole_jobs(tmp_path, slurm, monkeypatch):
     monkeypatch.setattr(queue, "queued", lambda name: running if name == "slipstream-demo" else [])
     assert "jobs of 4 actors: 0 running" in scale_array(tmp_path, 8)
     assert slurm == [("actors.sbatch", "--dependency=after:7", "--array=0-1")]
-    with pytest.raises(UserError, match="--actors: 6 actors do not fill jobs of 4"):
+    with pytest.raises(UserError, match="--actors: 6 is not a multiple of --actors-per-job 4"):
         scale_array(tmp_path, 6)
 
 
@@ -398,3 +398,46 @@ def test_where_slurm_cannot_be_installed_its_tests_are_skipped_with_a_word(tmp_p
     )
     assert done.returncode == 0
     assert "tests that need them are skipped" in done.stderr
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------
+
+
+def test_every_option_of_the_verb_is_one_of_the_plans(recipe_file, monkeypatch):
+    from deploy import cli
+    from deploy.slurm import submit
+
+    asked = []
+    monkeypatch.setattr(submit, "submit_recipe", lambda _, options, **how: asked.append((options, how)))
+    names = (
+        "partition",
+        "actor_partition",
+        "time",
+        "actor_time",
+        "account",
+        "qos",
+        "actor_qos",
+        "interface",
+        "setup",
+    )
+    words = {name: str(number) for number, name in enumerate(names, 10)}
+    numbers = {"actors": 6, "actors_per_job": 3, "lead": 60, "learner_nodes": 1, "gpus_per_node": 0}
+    lines = {"sbatch": "--mem=1", "head-sbatch": "--mem=2", "actor-sbatch": "--mem=3"}
+    given = {**words, **numbers, **lines, "cpus_per_gpu": 4}
+    options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.raises(SystemExit):
+        cli.main(["submit", str(recipe_file), *options, "--dry-run"])
+    kinds = {"extra": ("--mem=1",), "head_extra": ("--mem=2",), "actor_extra": ("--mem=3",)}
+    assert asked == [
+        (
+            Options(**words, **numbers, **kinds, cpus_per_gpu=4),
+            {"resume": False, "fresh": False, "dry_run": True},
+        )
+    ]
+
+
+def test_that_no_memory_is_asked_for_is_said(recipe_file, capsys):
+    for extra, said in (((), 1), (("--mem-per-gpu=60G",), 0)):
+        options = Options(1, 2, extra=extra)
+        submit_recipe(resolved(recipe_file, options), options, dry_run=True)
+        assert capsys.readouterr().out.count("no memory is asked for") == said

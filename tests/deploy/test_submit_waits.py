@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.run_folder import LOCK_FILE, is_served
+from broker.run_folder import is_served
+from common.run_files import LOCK_FILE
 from deploy.slurm import submit
 
 

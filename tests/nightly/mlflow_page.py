@@ -27,9 +27,10 @@ from typing import Any
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
+from common.run_files import RECIPE_FILE
 from common.tracking.shipper import Shipper
 from common.tracking.tags import run_tags
-from deploy.folder import RECIPE_FILE, read_recipe
+from deploy.folder import read_recipe
 from tests.common.mlflow_server import MlflowServer
 
 WAIT_S = 180.0

@@ -73,7 +73,7 @@ def test_two_runs_of_one_name_are_refused(cluster: Cluster, shared: Path, progra
     state = read_state(folder)
     before = sorted(path.name for path in folder.rglob("*"))
     with pytest.raises(
-        UserError, match=f"run.name: a run of this name is on the cluster already .job {state.head}"
+        UserError, match=f"run.name: a run with this name is already queued or running .job {state.head}"
     ):
         send(recipe, program)
     queue.cancel([str(state.head), *map(str, state.arrays)])

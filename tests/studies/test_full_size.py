@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunFailedError
+from common.program import own_program
 from common.tracking.spool import Spool
 from studies import pipeline
 
@@ -38,7 +39,7 @@ def test_a_run_is_started_once(tmp_path: Path, commands: list[list[str]]) -> Non
     assert rows[1]["seconds"] == 9.0
     assert pipeline.run_recipe("fig8-grpo", "r", tmp_path, settings) == rows
     (command,) = commands
-    assert command[1:5] == ["-m", "deploy", "run", "fig8-grpo"]
+    assert command[: len(own_program()) + 2] == [*own_program(), "run", "fig8-grpo"]
     assert {'algorithm.preset="grpo"', "run.seed=3", "eval.sets=[]", 'run.name="r"'} <= set(command)
     assert "--resume" not in command
 

@@ -19,7 +19,9 @@ printf '%s\\n' "$@" > "$RECORD"
 """
 
 
-def started(tmp_path: Path, nodes: int, *arguments: str) -> list[str]:
+def started(
+    tmp_path: Path, nodes: int, *arguments: str, host: str | None = None, key: str | None = "secret"
+) -> list[str]:
     """What serve.sh hands to vllm."""
     command = serve_command(
         "some one/big model",
@@ -29,7 +31,15 @@ def started(tmp_path: Path, nodes: int, *arguments: str) -> list[str]:
         port=8000,
         trust_remote_code=False,
     )
-    values = {"name": "m", "nodes": nodes, "gpus": 8, "port": 8000, "partition": "gpu", "time": "60"}
+    values = {
+        "name": "m",
+        "nodes": nodes,
+        "gpus": 8,
+        "port": 8000,
+        "partition": "gpu",
+        "time": "60",
+        "host": host,
+    }
     texts = render(**values, setup="export A=1", folder=str(tmp_path), command=shlex.join(command))
     script = tmp_path / "serve.sh"
     script.write_text(texts["serve.sh"])
@@ -38,6 +48,7 @@ def started(tmp_path: Path, nodes: int, *arguments: str) -> list[str]:
     fake.chmod(0o755)
     record = tmp_path / "record"
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record)}
+    environment |= {"VLLM_API_KEY": key} if key else {}
     subprocess.run(["bash", script, *arguments], env=environment, check=True)
     return record.read_text().splitlines()
 
@@ -60,6 +71,16 @@ def test_first_node_answers_and_the_others_are_headless(tmp_path: Path) -> None:
 def test_one_node_needs_no_rendezvous(tmp_path: Path) -> None:
     words = started(tmp_path, 1)
     assert not {"--nnodes", "--master-addr", "--headless"} & set(words)
+
+
+def test_it_listens_where_its_node_is_and_never_there_without_a_key(tmp_path: Path) -> None:
+    assert value(started(tmp_path, 1, key=None), "--host") == "127.0.0.1"
+    assert value(started(tmp_path, 1, "0", "10.0.0.5"), "--host") == "10.0.0.5"
+    words = started(tmp_path, 1, "0", "10.0.0.5", host="0.0.0.0")
+    assert (value(words, "--host"), "secret" in words) == ("0.0.0.0", False)
+    for host in (None, "0.0.0.0"):
+        with pytest.raises(subprocess.CalledProcessError):
+            started(tmp_path, 1, "0", "10.0.0.5", host=host, key=None)
 
 
 @pytest.mark.nightly  # vLLM takes 10 s to import
@@ -108,6 +129,7 @@ def test_batch_file_is_shell_and_asks_for_the_nodes(tmp_path: Path) -> None:
         ({"precision": "int3"}, "--precision"),
         ({"partition": "a b"}, "--partition"),
         ({"time": "soon"}, "--time"),
+        ({"host": "here; there"}, "--host"),
         ({"out": "it's mine"}, "--out"),
     ],
 )
