@@ -29,7 +29,7 @@ test-slurm: setup ## Start a real Slurm and a real Prometheus here and test on t
 test-other-vllm: setup ## Prove the weight push on another vLLM release, in an environment of its own (VLLM=0.28.0)
 	@tests/nightly/other_vllm.sh $(or $(VLLM),0.28.0)
 
-lint: setup ## Style, types of imports, format
+lint: setup ## Style, format, direction of imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 format: setup ## Format the code

@@ -89,7 +89,7 @@ class WeightState(Protocol):
 
 @dataclass(slots=True)
 class Waiting:
-    """Whom the actor waits for, since when (monotonic clock), and why."""
+    """Whom the actor waits for, and since when (monotonic clock)."""
 
     whom: str
     since: float
