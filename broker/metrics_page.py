@@ -114,10 +114,10 @@ class MetricsPage:
             ("learner_waits_seconds", service.learner.waiting_since(now) or 0.0),
         ):
             self._run.labels(what).set(float(value))
-        self._update_peers(service, now)
+        self._update_peers(service)
         self._update_copies(service, now)
 
-    def _update_peers(self, service: Service, now: float) -> None:
+    def _update_peers(self, service: Service) -> None:
         members = service.state.members
         for role in ("actor", "learner", "observer"):
             self._peers.labels(role).set(len(members.living(role)))

@@ -183,16 +183,6 @@ class GroupHeader(Part):
         """Bytes of the three payload buffers."""
         return 4 * self.prompt_tokens, 4 * self.response_tokens, 4 * self.response_tokens
 
-    @property
-    def min_version(self) -> int:
-        """Oldest version that sampled a token of the group."""
-        return min(version for r in self.responses for version, _ in r.versions)
-
-    @property
-    def max_version(self) -> int:
-        """Newest version that sampled a token of the group."""
-        return max(version for r in self.responses for version, _ in r.versions)
-
 
 # --- requests of every peer -------------------------------------------------------------------------------
 
@@ -555,10 +545,3 @@ def _defect(error: Exception) -> str:
     what = what[:1].lower() + what[1:]
     where = place.rstrip("`").lstrip(".")
     return f"{where}: {what}" if where else what
-
-
-def check_payload(header: GroupHeader, payload: list[bytes] | list[memoryview]) -> None:
-    """Raise `MalformedMessage` unless the three buffers have the sizes that the header says."""
-    sizes = tuple(len(buffer) for buffer in payload)
-    if sizes != header.payload_sizes:
-        raise MalformedMessage(f"payload of {sizes} bytes where the header says {header.payload_sizes}")

@@ -106,7 +106,7 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     address = folder / ADDRESS_FILE
     address.unlink(missing_ok=True)
     display, silence = Display(recipe, folder, quiet=quiet), Silence(recipe.broker.no_progress_s)
-    supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.event)
+    supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.say)
     interrupts = _Interrupts()
     supervisor.start()
     try:

@@ -134,7 +134,7 @@ def get_template(spec: str, *, model: str | None = None) -> Template:
         return _custom(spec)
     entry = _entry(spec)
     if entry.chat:
-        render = functools.partial(_render_chat, spec, entry.text, _chat_tokenizer(spec, model))
+        render = functools.partial(_render_chat, entry.text, _chat_tokenizer(spec, model))
     else:
         render = functools.partial(_fill, entry.text)
     return Template(spec, render, list(entry.stop), entry.include_stop, entry.extraction)
@@ -167,6 +167,6 @@ def _chat_tokenizer(name: str, model: str | None):
     return tokenizer
 
 
-def _render_chat(name: str, text: str, tokenizer, question: str) -> str:
+def _render_chat(text: str, tokenizer, question: str) -> str:
     message = [{"role": "user", "content": _fill(text, question)}]
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

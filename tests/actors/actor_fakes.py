@@ -22,7 +22,6 @@ from common.messages import (
     GroupId,
     Message,
     Refused,
-    check_payload,
     decode,
     encode,
 )
@@ -165,7 +164,7 @@ class FakeWire:
         return Assignment(group=group, lease=1, question=question, samples=self.samples, deadline_s=60.0)
 
     def _publish(self, message, payload) -> Message:
-        check_payload(message.header, payload)
+        assert tuple(len(part) for part in payload) == message.header.payload_sizes
         reply = self.publish(message.header)
         if isinstance(reply, Ack):
             self.accepted[message.header.group] += 1
