@@ -190,9 +190,7 @@ class Evaluations:
 
     def restore(self, state: Mapping[str, Any], results: Mapping[int, dict[str, Any]]) -> None:
         """As saved by `state`. A job keeps its number, so that the actor that holds it can still answer."""
-        earlier = state.get("history", [])  # where journals had the results before they had rows of their own
-        self.unsaved = {number - len(earlier): entry for number, entry in enumerate(earlier)}
-        self.results, self.asked = {**self.unsaved, **results}, set(state["asked"])
+        self.results, self.asked = dict(results), set(state["asked"])
         self.final_version, self.next_job = state["final_version"], state["next_job"]
         if state["open"] is not None and self.questions:
             self.next_job = max(1, self.next_job - 1)

@@ -24,7 +24,7 @@ from broker.segments import Place
 from common.errors import UserError
 from common.messages import GroupId
 
-FORMAT = 2
+FORMAT = 3
 FOLD_ROWS = 8192
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
