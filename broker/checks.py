@@ -19,9 +19,8 @@ from common.messages import GroupHeader, MalformedMessage
 from common.recipe.schema import Recipe
 
 ANY_TOKEN = 2**31 - 1
-LOGPROB_SLACK = (
-    1e-3  # float error of a log-softmax in half precision may leave a log-probability just above 0
-)
+# Float error of a log-softmax in half precision may leave a log-probability just above 0.
+LOGPROB_SLACK = 1e-3
 
 
 @dataclass(frozen=True, slots=True)

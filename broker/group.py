@@ -103,4 +103,5 @@ class LedgerError(Exception):
 
 
 IN_BUFFER = (State.BUFFERED, State.TAKEN, State.CONSUMED)
-IN_HAND = (State.LEASED, State.BUFFERED, State.TAKEN, State.CONSUMED, State.FILTERED)
+ARRIVED = (*IN_BUFFER, State.FILTERED)  # a publication of the present lease has been accepted
+IN_A_STEP = (State.TAKEN, State.CONSUMED, State.FILTERED)  # what a group of a step is, until a rewind undoes it

@@ -88,9 +88,8 @@ def serve(
         return _serve(state, socket, stop, page)
     finally:
         if socket is not None:
-            socket.close(
-                linger=0
-            )  # before the authenticator: a handshake that waits for it would block the end
+            # Before the authenticator: a handshake that waits for it would block the end.
+            socket.close(linger=0)
         if authenticator is not None:
             authenticator.stop()
         context.destroy(linger=0)

@@ -97,9 +97,8 @@ class Service:
             self._bad(origin, f"{message.kind}: {error}", now)
         except LedgerError as error:
             self.outbox.refuse(origin, error.code, str(error))
-        except (
-            Exception
-        ) as error:  # our own defect: it may cost its sender an answer, but not the run its broker
+        # Our own defect: it may cost its sender an answer, but not the run its broker.
+        except Exception as error:
             log.exception("a %s could not be answered", message.kind)
             self.state.event(f"defect: a {message.kind} could not be answered: {error!r}", warning=True)
             self.outbox.refuse(origin, "internal", f"{type(error).__name__}: {error}")

@@ -18,9 +18,8 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
-ENGINE_CORES_VARIABLE = (
-    "SLIPSTREAM_ENGINE_CORES"  # "2,3": where an actor's engine runs, if not with the actor
-)
+# "2,3": where an actor's engine runs, if not with the actor.
+ENGINE_CORES_VARIABLE = "SLIPSTREAM_ENGINE_CORES"
 
 
 def die_with_parent(sig: int = signal.SIGKILL) -> None:
@@ -67,8 +66,7 @@ def leave(code: int) -> NoReturn:
     """End the process at once: C++ threads of torch and vLLM may abort, or chatter in, an orderly interpreter exit."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a full disk, a pipe that nobody reads, closed already
+        # A full disk, a pipe that nobody reads, closed already.
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
