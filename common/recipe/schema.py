@@ -445,6 +445,13 @@ class Recipe(Section):
         return self.responses_per_step // self.batch.optimizer_steps
 
     @property
+    def sequences_leased(self) -> int:
+        """Sequences that an actor keeps in its engine: an eighth more than it decodes, and a group at least, so that
+        a free slot is filled at once."""
+        slots = self.actor.max_sequences
+        return slots + max(self.rollout.group_size, slots // 8)
+
+    @property
     def normaliser(self) -> float:
         """L of the constant aggregation, in tokens (Listing 1: the generation budget)."""
         return self.algorithm.normaliser or float(self.rollout.max_tokens)

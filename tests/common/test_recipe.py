@@ -33,7 +33,12 @@ def test_defaults_are_table_6(minimal: Path) -> None:
     assert (r.learner.max_grad_norm, r.learner.schedule, r.algorithm.epochs) == (1.0, "constant", 1)
     assert (r.algorithm.kl_beta, r.algorithm.kl_in_reward, r.algorithm.preset) == (0.0, 0.0, "dr_grpo")
     assert r.normaliser == 3000.0
+    assert r.sequences_leased == 256 + 32
     assert r.learner.critic_lr == 9e-6
+
+
+def test_a_whole_group_waits_even_for_a_few_slots(minimal: Path) -> None:
+    assert load_recipe(minimal, ["actor.max_sequences=16"]).sequences_leased == 16 + 8
 
 
 def test_name_defaults_to_the_file(minimal: Path) -> None:
