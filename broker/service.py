@@ -23,6 +23,7 @@ from broker.outbox import Origin, Outbox
 from broker.state import RunState
 from broker.status import EVALUATIONS_SHOWN, group_view, snapshot
 from broker.store import Buffer
+from common.codec import decode, request_number
 from common.messages import (
     Ack,
     Drain,
@@ -37,8 +38,6 @@ from common.messages import (
     StatusQuery,
     Stop,
     Welcome,
-    decode,
-    request_number,
 )
 from common.software import compatible, software_version
 

@@ -15,7 +15,8 @@ import zmq
 
 from broker.ledger import Ledger
 from broker.profile import Profile
-from common.messages import GroupHeader, GroupId, Part, decode_part, open_frame
+from common.codec import decode_part, open_frame
+from common.messages import GroupHeader, GroupId, Part
 
 NOTHING: Mapping[int, Any] = MappingProxyType({})
 Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy

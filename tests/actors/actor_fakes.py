@@ -14,17 +14,8 @@ import numpy as np
 
 from actors.engine import Sample
 from actors.prompts import Prompts
-from common.messages import (
-    Ack,
-    Assignment,
-    EvalJob,
-    Grant,
-    GroupId,
-    Message,
-    Refused,
-    decode,
-    encode,
-)
+from common.codec import decode, encode
+from common.messages import Ack, Assignment, EvalJob, Grant, GroupId, Message, Refused
 from common.tasks.templates import Template
 from common.wire import RefusedError, Reply
 
