@@ -10,10 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from broker.evaluation import Evaluations, metrics_of
+from broker.evaluation import Evaluations
+from broker.evaluation_metrics import metrics_of
 from broker.main import open_run
 from broker.service import Service
 from broker.state import RunState, load_held_out, load_training_set
+from common.codec import decode, encode
 from common.messages import (
     EvalQuestion,
     EvalResult,
@@ -24,8 +26,6 @@ from common.messages import (
     Release,
     Scored,
     StatusQuery,
-    decode,
-    encode,
 )
 from common.tracking.spool import read_spool
 from tests.scripted.actor import ScriptedActor, answer_evaluation

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.main import check_bind, check_questions, serve
+from broker.fitness import check_bind, check_questions
+from broker.main import serve
 from common.errors import UserError
 from common.keys import make_keys
 from common.messages import Hello, StatusQuery, Stop
