@@ -98,7 +98,7 @@ class Server:
                 break
         return size
 
-    def _next_message(self) -> list[zmq.Frame] | None:
+    def _next_message(self) -> list[Buffer] | None:
         """What `recv_multipart` does, without a socket option asked for after each frame."""
         receive = self._socket.recv
         try:

@@ -134,7 +134,8 @@ class Stager:
             # A stream of its own: staging must not serialise with the model's kernels.
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
         while (offer := self._offers.get()) is not None and not self._closed.is_set():
-            staged, report = None, {"ok": False}
+            staged = None
+            report: dict[str, Any] = {"ok": False}
             try:
                 started = time.monotonic()
                 store = store or self._connect()
