@@ -29,8 +29,8 @@ test-slurm: setup ## Start a real Slurm and a real Prometheus here and test on t
 test-other-vllm: setup ## Prove the weight push on another vLLM release, in an environment of its own (VLLM=0.28.0)
 	@tests/nightly/other_vllm.sh $(or $(VLLM),0.28.0)
 
-lint: setup ## Style, types of imports, format
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+lint: setup ## Style, format, types, direction of imports
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 format: setup ## Format the code
 	@$(BIN)/ruff check --fix-only -q . ; $(BIN)/ruff format .
@@ -41,4 +41,4 @@ lock: ## Write constraints/cpu.txt from what .venv holds
 	@mv constraints/cpu.new constraints/cpu.txt
 
 clean: ## Remove run folders and caches (not .venv)
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache

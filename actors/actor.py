@@ -212,6 +212,7 @@ class Actor:
 def _limits(recipe: Recipe) -> Limits:
     return Limits(
         sequences=recipe.actor.max_sequences,
+        sequences_leased=recipe.sequences_leased,
         group_size=recipe.rollout.group_size,
         prompt_tokens=recipe.data.max_prompt_tokens,
         max_staleness=recipe.batch.max_staleness,

@@ -23,7 +23,6 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from actors.actor import Actor
 from actors.engine import Engine, EngineLostError, engine_arguments
@@ -31,12 +30,11 @@ from actors.weights import EngineDamagedError
 from common import stacks
 from common.accelerator import require_gpu_build
 from common.errors import EXIT_RESTART, RunFailedError, UserError, report
-from common.messages import Goodbye, Hello, Welcome
+from common.messages import Goodbye, Welcome
 from common.model_files import require_tokenizer, tokenizer_digest
 from common.process import leave
 from common.recipe import Recipe
-from common.software import software_version
-from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError
+from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError, hello
 
 log = logging.getLogger("slipstream.actor")
 
@@ -80,14 +78,9 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
         engine.shutdown()
 
 
-def _hello(role: Any, name: str, **more: Any) -> Hello:
-    host, pid = socket.gethostname(), os.getpid()
-    return Hello(role=role, peer=name, software=software_version(), host=host, pid=pid, **more)
-
-
 def _introduce(join: str, name: str, keys: Path | None) -> Welcome:
     """Get the recipe. As an observer: the broker counts an actor once its engine runs."""
-    client = Client(join, _hello("observer", f"{name}-starting"), keys=keys)
+    client = Client(join, hello("observer", f"{name}-starting"), keys=keys)
     try:
         welcome = _patient_welcome(client)
         with suppress(BrokerUnreachable):
@@ -120,8 +113,8 @@ def _use_threads(threads: int | None) -> None:
 
 
 async def _live(engine: Engine, recipe: Recipe, join: str, name: str, keys: Path | None) -> int:
-    hello = _hello("actor", name, run=recipe.run.name, tokenizer=tokenizer_digest(engine.tokenizer))
-    wire = AsyncClient(join, hello, keys=keys)
+    ours = hello("actor", name, run=recipe.run.name, tokenizer=tokenizer_digest(engine.tokenizer))
+    wire = AsyncClient(join, ours, keys=keys)
     try:
         await engine.warm_up()
         welcome = await wire.connect(None)

@@ -54,20 +54,17 @@ class Limits:
 
     Attributes:
         sequences: decoded at one time by the engine.
+        sequences_leased: to have in the engine (`Recipe.sequences_leased`).
         group_size: G.
         prompt_tokens: longer prompts are handed back.
         max_staleness: versions that the engine may be behind before it asks for work (I1).
     """
 
     sequences: int
+    sequences_leased: int
     group_size: int
     prompt_tokens: int
     max_staleness: int
-
-    @property
-    def sequences_leased(self) -> int:
-        """Sequences to have in the engine: an eighth more than it decodes, so that a free slot is filled at once."""
-        return self.sequences + max(self.group_size, self.sequences // 8)
 
     @property
     def groups_kept(self) -> int:
@@ -89,7 +86,7 @@ class WeightState(Protocol):
 
 @dataclass(slots=True)
 class Waiting:
-    """Whom the actor waits for, since when (monotonic clock), and why."""
+    """Whom the actor waits for, and since when (monotonic clock)."""
 
     whom: str
     since: float

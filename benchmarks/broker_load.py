@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from common.messages import encode_plain
+from common.codec import encode_plain
 
 HIGH_WATER_MARK = 64
 LEASE_WAIT_S = 1.0

@@ -19,9 +19,8 @@ from common.messages import GroupHeader, MalformedMessage
 from common.recipe.schema import Recipe
 
 ANY_TOKEN = 2**31 - 1
-LOGPROB_SLACK = (
-    1e-3  # float error of a log-softmax in half precision may leave a log-probability just above 0
-)
+# Float error of a log-softmax in half precision may leave a log-probability just above 0.
+LOGPROB_SLACK = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +49,8 @@ def vocabulary_size(model: str) -> int:
     A hub model that is not on the broker's host gives the widest bound, any non-negative int32: the broker
     downloads nothing.
     """
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        path = _cached_config(model)
+    local = Path(model) / "config.json"
+    path = local if local.is_file() else _cached_config(model)
     if path is None:
         return ANY_TOKEN
     config = json.loads(path.read_text(encoding="utf-8"))

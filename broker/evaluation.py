@@ -6,15 +6,13 @@ later; at most one waits, a newer one replaces it. Training never waits for an e
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
-from common.evaluation.report import short_name
-from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
-from common.tracking.catalogue import plain
+from broker.evaluation_metrics import metrics_of
+from common.messages import EvalJob, EvalQuestion, EvalResult
 
 MAX_RETURNS = 3  # of a job, before it is given up: no actor could answer it
 
@@ -190,70 +188,8 @@ class Evaluations:
 
     def restore(self, state: Mapping[str, Any], results: Mapping[int, dict[str, Any]]) -> None:
         """As saved by `state`. A job keeps its number, so that the actor that holds it can still answer."""
-        earlier = state.get("history", [])  # where journals had the results before they had rows of their own
-        self.unsaved = {number - len(earlier): entry for number, entry in enumerate(earlier)}
-        self.results, self.asked = {**self.unsaved, **results}, set(state["asked"])
+        self.results, self.asked = dict(results), set(state["asked"])
         self.final_version, self.next_job = state["final_version"], state["next_job"]
         if state["open"] is not None and self.questions:
             self.next_job = max(1, self.next_job - 1)
             self.waiting = self._job(state["open"])
-
-
-def metrics_of(rows: Iterable[EvalRow]) -> dict[str, float]:
-    """Shares and lengths over all sets, and per set as `SET/name`.
-
-    Over all sets `pass1` and `greedy` are means in which each set counts once, however many questions it has (the
-    paper's average over benchmarks, Table 4); the other figures are over all answers. `pass1` is the share of correct
-    answers among the sampled ones (temperature of the recipe), `greedy` among the greedy ones; `unformatted`,
-    `truncated` and `unverified` are shares of the sampled answers; lengths in tokens, by verdict.
-    """
-    by_set: dict[str, list[EvalRow]] = defaultdict(list)
-    for row in rows:
-        by_set[row.set].append(row)
-    everything = [row for group in by_set.values() for row in group]
-    of_sets = {name: _shares(group) for name, group in sorted(by_set.items())}
-    metrics = _shares(everything)
-    for key in metrics.keys() & {"greedy", "pass1"}:
-        metrics[key] = fmean(found[key] for found in of_sets.values() if key in found)
-    names = _names(by_set)
-    for name, found in of_sets.items():
-        metrics.update({f"{names[name]}/{key}": value for key, value in found.items()})
-    return metrics
-
-
-def _names(sets: Iterable[str]) -> dict[str, str]:
-    """Short names of sets for metrics; where two would be equal, the whole ones."""
-    short = {name: short_name(name) for name in sets}
-    uses = Counter(short.values())
-    return {name: found if uses[found] == 1 else plain(name) for name, found in short.items()}
-
-
-def _shares(rows: Sequence[EvalRow]) -> dict[str, float]:
-    greedy = [row.greedy for row in rows]
-    sampled = [answer for row in rows for answer in row.sampled]
-    metrics = {"questions": float(len(rows))}
-    if greedy:
-        metrics["greedy"] = _share(greedy, "correct")
-        metrics["greedy_length"] = _length(greedy)
-    if sampled:
-        metrics["pass1"] = _share(sampled, "correct")
-        metrics["length"] = _length(sampled)
-        for verdict in ("unformatted", "truncated", "unverified"):
-            metrics[verdict] = _share(sampled, verdict)
-        for name, answers in _by_correctness(sampled):
-            if answers:
-                metrics[f"length_{name}"] = _length(answers)
-    return metrics
-
-
-def _by_correctness(answers: Sequence[Scored]) -> list[tuple[str, list[Scored]]]:
-    correct = [answer for answer in answers if answer.verdict == "correct"]
-    return [("correct", correct), ("incorrect", [a for a in answers if a.verdict != "correct"])]
-
-
-def _share(answers: Sequence[Scored], verdict: str) -> float:
-    return sum(answer.verdict == verdict for answer in answers) / len(answers)
-
-
-def _length(answers: Sequence[Scored]) -> float:
-    return sum(answer.tokens for answer in answers) / len(answers)

@@ -103,4 +103,6 @@ class LedgerError(Exception):
 
 
 IN_BUFFER = (State.BUFFERED, State.TAKEN, State.CONSUMED)
-IN_HAND = (State.LEASED, State.BUFFERED, State.TAKEN, State.CONSUMED, State.FILTERED)
+ARRIVED = (*IN_BUFFER, State.FILTERED)  # a publication of the present lease has been accepted
+# What a group of a step is, until a rewind undoes it.
+IN_A_STEP = (State.TAKEN, State.CONSUMED, State.FILTERED)

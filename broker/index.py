@@ -24,7 +24,7 @@ from broker.segments import Place
 from common.errors import UserError
 from common.messages import GroupId
 
-FORMAT = 2
+FORMAT = 3
 FOLD_ROWS = 8192
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
@@ -110,8 +110,8 @@ class Index:
 
     def _note(self, change: Change) -> None:
         """A change is in the table `changes`."""
-        self._groups.update((GroupId(*row[:2]), row) for row in change.groups)
-        self._entries.update((GroupId(*row[:2]), row) for row in change.entries)
+        self._groups.update((_key(row), row) for row in change.groups)
+        self._entries.update((_key(row), row) for row in change.entries)
         self._entries.update(dict.fromkeys(change.gone))
         self._unfolded += len(change.groups) + len(change.entries) + len(change.gone)
         self._ledger = change.ledger
@@ -143,14 +143,14 @@ class Index:
         counters = self.meta("ledger") if self._ledger is None else _unpack(self._ledger)
         if counters is None:
             return None
-        rows = {GroupId(*row[:2]): row for row in self._db.execute("SELECT * FROM groups")}
+        rows = {_key(row): row for row in self._db.execute("SELECT * FROM groups")}
         groups = (Group(key, row[2], State(row[3]), *row[4:]) for key, row in (rows | self._groups).items())
         return Ledger.restore(rules, counters, groups)
 
     def places(self) -> Iterator[tuple[GroupId, Place]]:
         """Where every group lies that is kept."""
         rows: dict[GroupId, tuple[int, ...] | None]
-        rows = {GroupId(*row[:2]): row for row in self._db.execute("SELECT * FROM entries")}
+        rows = {_key(row): row for row in self._db.execute("SELECT * FROM entries")}
         for key, row in (rows | self._entries).items():
             if row is not None:
                 yield key, Place(row[2], row[3], tuple(row[4:]))
@@ -199,8 +199,8 @@ class Index:
 
     def _fold(self, last: Change) -> None:
         """Bring the tables up to date, `last` included, and empty `changes`."""
-        groups = self._groups | {GroupId(*row[:2]): row for row in last.groups}
-        entries = self._entries | {GroupId(*row[:2]): row for row in last.entries} | dict.fromkeys(last.gone)
+        groups = self._groups | {_key(row): row for row in last.groups}
+        entries = self._entries | {_key(row): row for row in last.entries} | dict.fromkeys(last.gone)
         deleted = [key for key, row in entries.items() if row is None]
         kept = [row for row in entries.values() if row is not None]
         self._db.executemany(f"INSERT OR REPLACE INTO groups VALUES ({_marks(13)})", groups.values())
@@ -227,6 +227,10 @@ def _open(path: Path, fsync: bool) -> sqlite3.Connection:
     db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
     db.executescript(SCHEMA)
     return db
+
+
+def _key(row: tuple[Any, ...]) -> GroupId:
+    return GroupId(*row[:2])
 
 
 def _marks(count: int) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 
 from broker import staleness
 from broker.books import Books
-from broker.group import IN_HAND, Facts, Group, LedgerError, Published, Reopened, State
+from broker.group import ARRIVED, IN_A_STEP, Facts, Group, LedgerError, Published, Reopened, State
 from broker.order import epoch_order
 from common.messages import Cause, GroupId
 
@@ -156,7 +156,7 @@ class Ledger(Books):
         group = self.groups.get(facts.key)
         if group is None or facts.lease > group.lease:
             return Published("unknown", f"group {facts.key} has no lease {facts.lease}")
-        if facts.lease == group.lease and group.state in IN_HAND[1:]:
+        if facts.lease == group.lease and group.state in ARRIVED:
             return Published("duplicate")
         if facts.lease < group.lease or group.state != State.LEASED:
             return Published("expired", f"lease {facts.lease} of group {facts.key} is void")
@@ -301,7 +301,7 @@ class Ledger(Books):
         self.era += 1
         self.forks.append(step)
         self.taken.clear()
-        undone = [g for g in self.groups.values() if g.step >= step and g.state in IN_HAND[2:]]
+        undone = [g for g in self.groups.values() if g.step >= step and g.state in IN_A_STEP]
         dropped = sum(self._undo(group, kept) for group in undone)
         self.step = step
         dropped += self._drop_rewound()

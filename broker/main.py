@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import ipaddress
 import json
 import logging
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from typing import Any
 
 import zmq
 
+from broker.fitness import check_bind, check_questions
 from broker.journal import Journal
 from broker.metrics_page import MetricsPage
 from broker.recording import open_recording
@@ -33,12 +32,12 @@ from common import stacks
 from common.errors import UserError
 from common.keys import apply_server
 from common.messages import EvalQuestion
+from common.process import StopSignal
 from common.recipe.schema import Recipe
 from common.run_files import JOURNAL_FOLDER
 from common.systemd import notify_ready
 
 log = logging.getLogger("slipstream.broker")
-WILDCARDS = ("", "*", "0.0.0.0", "::")
 
 
 def serve(
@@ -57,7 +56,7 @@ def serve(
         resume: continue the run in that folder, if a broker has served it before.
         replay: folder of a recorded run whose steps are served again, to a learner alone (`broker.recording`);
             `recipe` must have its questions and batch.
-        stop_event: leave at once when set; by default SIGTERM and SIGINT set one.
+        stop_event: leave at once when set; by default when SIGTERM or SIGINT comes.
 
     Raises:
         UserError: keys, port, folder or question sets are not usable; names the setting.
@@ -66,7 +65,7 @@ def serve(
     check_bind(recipe)
     if resume and recipe.broker.durability == "memory" and was_served(run_folder):
         raise UserError("'memory' keeps nothing that --resume could continue.", setting="broker.durability")
-    stop = stop_event or _stop_on_signals()
+    stop = stop_event or StopSignal()
     questions = load_training_set(recipe)
     held_out = load_held_out(recipe) if replay is None else []
     check_questions(recipe, len(questions))
@@ -89,9 +88,8 @@ def serve(
         return _serve(state, socket, stop, page)
     finally:
         if socket is not None:
-            socket.close(
-                linger=0
-            )  # before the authenticator: a handshake that waits for it would block the end
+            # Before the authenticator: a handshake that waits for it would block the end.
+            socket.close(linger=0)
         if authenticator is not None:
             authenticator.stop()
         context.destroy(linger=0)
@@ -139,7 +137,7 @@ def identity(recipe: Recipe, questions: Sequence[dict[str, Any]]) -> dict[str, A
     }
 
 
-def _serve(state: RunState, socket: Any, stop: threading.Event, page: MetricsPage) -> int:
+def _serve(state: RunState, socket: Any, stop: threading.Event | StopSignal, page: MetricsPage) -> int:
     service = Service(state)
     _collect_rarely()
     state.spool.append("run", state.ledger.step, {"recipe": state.recipe.model_dump(mode="json")})
@@ -164,61 +162,6 @@ def _collect_rarely() -> None:
     gc.set_threshold(100_000, 20, 100)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address to bind is reachable from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_bind(recipe: Recipe) -> None:
-    """Refuse addresses that others can reach unless there are keys (I8), and those that actors could not use.
-
-    Raises:
-        UserError: names `broker.bind`, `weights.bind` or `broker.keys`.
-    """
-    bound = {"broker.bind": recipe.broker.bind, "weights.bind": recipe.weights.bind}
-    for setting, host in bound.items():
-        if host in WILDCARDS:
-            raise UserError(
-                f"name the one address that the other processes reach, not '{host}': it is handed on to them.",
-                setting=setting,
-            )
-    for setting, host in bound.items():
-        if not is_loopback(host) and recipe.broker.keys is None:
-            raise UserError(
-                f"{setting} = '{host}' can be reached by others and needs CURVE keys: make some with "
-                "`slipstream keys init FOLDER`.",
-                setting="broker.keys",
-            )
-    if is_loopback(recipe.weights.bind) and not is_loopback(recipe.broker.bind):
-        raise UserError(
-            f"'{recipe.weights.bind}' is not reached by actors on other hosts, for whom broker.bind = "
-            f"'{recipe.broker.bind}' is: name an address of the learner's host.",
-            setting="weights.bind",
-        )
-
-
-def check_questions(recipe: Recipe, questions: int) -> None:
-    """Refuse a set that cannot fill one step; say so when it cannot fill all of them."""
-    steps = questions * recipe.data.max_epochs // recipe.batch.questions_per_step
-    if steps == 0:
-        raise UserError(
-            f"{questions} questions x data.max_epochs = {recipe.data.max_epochs} do not fill one step of "
-            f"batch.questions_per_step = {recipe.batch.questions_per_step}.",
-            setting="data.train",
-        )
-    if steps < recipe.run.steps:
-        log.warning(
-            "%d questions x data.max_epochs = %d are enough for %d of run.steps = %d",
-            questions,
-            recipe.data.max_epochs,
-            steps,
-            recipe.run.steps,
-        )
-
-
 def bind(socket: Any, recipe: Recipe) -> str:
     """Bind to the recipe's address; returns "host:port".
 
@@ -235,10 +178,3 @@ def bind(socket: Any, recipe: Recipe) -> str:
             ) from None
         raise UserError(f"cannot bind to '{host}': {error.strerror}.", setting="broker.bind") from None
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
-
-
-def _stop_on_signals() -> threading.Event:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop

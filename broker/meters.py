@@ -16,9 +16,8 @@ import numpy as np
 from broker.profile import Profile
 from broker.rollouts import Rollouts
 
-EDGES = np.array(
-    [round(2 ** (k / 2)) for k in range(2, 41)]
-)  # 2 ... 1,048,576 tokens, two buckets per octave
+# 2 ... 1,048,576 tokens, two buckets per octave
+EDGES = np.array([round(2 ** (k / 2)) for k in range(2, 41)])
 FOLD = 4096
 FATES = ("sampled", "trained", "filtered", "expired")
 

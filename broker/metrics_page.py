@@ -16,6 +16,7 @@ from broker.service import Service
 from common.errors import UserError
 
 UPDATE_S = 1.0
+Labelled = dict[tuple[str, ...], float]  # by the values of its labels
 LEASE_AGES_S = (1, 5, 15, 60, 300, 900, 3600)
 
 
@@ -24,7 +25,7 @@ class _Copied:
 
     def __init__(self) -> None:
         # name -> help text, label names, label values -> number; replaced whole, so that no scrape sees half
-        self.gauges: dict[str, tuple[str, list[str], dict[tuple[str, ...], float]]] = {}
+        self.gauges: dict[str, tuple[str, list[str], Labelled]] = {}
         self.counters: dict[str, tuple[str, float]] = {}
         self.staleness: dict[int, int] = {}
         self.ages: list[float] = []
@@ -59,7 +60,7 @@ def _histogram(name: str, text: str, counts: dict[int, int]) -> HistogramMetricF
     return HistogramMetricFamily(name, text, [*buckets, ("+Inf", float(seen))], total)
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+def _numbers(values: Mapping[str, Any]) -> Labelled:
     return {(name,): float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
@@ -114,10 +115,10 @@ class MetricsPage:
             ("learner_waits_seconds", service.learner.waiting_since(now) or 0.0),
         ):
             self._run.labels(what).set(float(value))
-        self._update_peers(service, now)
+        self._update_peers(service)
         self._update_copies(service, now)
 
-    def _update_peers(self, service: Service, now: float) -> None:
+    def _update_peers(self, service: Service) -> None:
         members = service.state.members
         for role in ("actor", "learner", "observer"):
             self._peers.labels(role).set(len(members.living(role)))
@@ -125,8 +126,8 @@ class MetricsPage:
     def _update_copies(self, service: Service, now: float) -> None:
         state, meters = service.state, service.state.meters
         peers, results = state.members.living(), state.evaluations.results
-        rates = {(p.name,): p.token_rate.per_second(now) for p in peers if p.role == "actor"}
-        readings = {(p.name, meter): value for p in peers for meter, value in p.telemetry.items()}
+        rates: Labelled = {(p.name,): p.token_rate.per_second(now) for p in peers if p.role == "actor"}
+        readings: Labelled = {(p.name, meter): value for p in peers for meter, value in p.telemetry.items()}
         evaluation = _numbers(next(reversed(results.values()), {}))
         self._copied.gauges = {
             "slipstream_actor_tokens_per_second": ("Published tokens.", ["actor"], rates),

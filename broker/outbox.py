@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from broker.store import Buffer
-from common.messages import Message, Refused, encode, encode_plain
+from common.codec import encode, encode_plain
+from common.messages import Message, Refused
 
 
 class Origin(NamedTuple):

@@ -68,7 +68,7 @@ def fleet_point(actors: Sequence[Peer], version: int, now: float) -> dict[str, f
         ("gpu_use", _mean, _gpu_readings(actors, "use")),
         ("gpu_memory_share", _mean, _gpu_readings(actors, "memory_share")),
     ]
-    together = {
+    together: dict[str, Callable[[list[float]], float]] = {
         "sequences": sum,
         "kv_use": _mean,
         "verifier_queue": sum,

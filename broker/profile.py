@@ -23,7 +23,9 @@ class Profile(NamedTuple):
     def of(cls, header: GroupHeader) -> Profile:
         """The profile of a published group; read once, for all who count."""
         versions: dict[int, int] = {}
-        lengths, rewards, verdicts = [], [], []
+        lengths: list[int] = []
+        rewards: list[float] = []
+        verdicts: list[str] = []
         for response in header.responses:
             lengths.append(response.tokens)
             rewards.append(response.reward)

@@ -18,6 +18,7 @@ from broker.metrics_page import MetricsPage
 from broker.outbox import Outgoing
 from broker.service import Service
 from broker.store import Buffer, StoreFull
+from common.process import StopSignal
 from common.systemd import Watchdog
 
 log = logging.getLogger("slipstream.broker")
@@ -56,7 +57,11 @@ class Server:
     """
 
     def __init__(
-        self, socket: Any, service: Service, stop: threading.Event, page: MetricsPage | None = None
+        self,
+        socket: Any,
+        service: Service,
+        stop: threading.Event | StopSignal,
+        page: MetricsPage | None = None,
     ) -> None:
         self._socket, self._service, self._stop, self._page = socket, service, stop, page
         self._watchdog = Watchdog()
@@ -93,7 +98,7 @@ class Server:
                 break
         return size
 
-    def _next_message(self) -> list[zmq.Frame] | None:
+    def _next_message(self) -> list[Buffer] | None:
         """What `recv_multipart` does, without a socket option asked for after each frame."""
         receive = self._socket.recv
         try:

@@ -23,6 +23,7 @@ from broker.outbox import Origin, Outbox
 from broker.state import RunState
 from broker.status import EVALUATIONS_SHOWN, group_view, snapshot
 from broker.store import Buffer
+from common.codec import decode, request_number
 from common.messages import (
     Ack,
     Drain,
@@ -37,8 +38,6 @@ from common.messages import (
     StatusQuery,
     Stop,
     Welcome,
-    decode,
-    request_number,
 )
 from common.software import compatible, software_version
 
@@ -97,9 +96,8 @@ class Service:
             self._bad(origin, f"{message.kind}: {error}", now)
         except LedgerError as error:
             self.outbox.refuse(origin, error.code, str(error))
-        except (
-            Exception
-        ) as error:  # our own defect: it may cost its sender an answer, but not the run its broker
+        # Our own defect: it may cost its sender an answer, but not the run its broker.
+        except Exception as error:
             log.exception("a %s could not be answered", message.kind)
             self.state.event(f"defect: a {message.kind} could not be answered: {error!r}", warning=True)
             self.outbox.refuse(origin, "internal", f"{type(error).__name__}: {error}")

@@ -72,7 +72,7 @@ def snapshot(
         "evaluation_open": state.evaluations.waiting is not None or bool(state.evaluations.running),
         "evaluation": _open_evaluation(state, now),
         "pinned": state.pinned,
-        "waits": _waits(state, learner_waits_s, now),
+        "waits": _waits(state, learner_waits_s),
         "no_progress": state.standstill.view(now),
         "rates": _rates(state, now),
         "tracking": tracking_view(state.folder) if state.recipe.tracking.enabled else None,
@@ -126,7 +126,7 @@ def _open_evaluation(state: RunState, now: float) -> dict[str, Any] | None:
     return None
 
 
-def _waits(state: RunState, learner_waits_s: float | None, now: float) -> list[dict[str, Any]]:
+def _waits(state: RunState, learner_waits_s: float | None) -> list[dict[str, Any]]:
     """Who waits for whom, since how long: the learner as the broker sees it, others as they say."""
     waits = []
     if learner_waits_s is not None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import zmq
 
 from broker.ledger import Ledger
 from broker.profile import Profile
-from common.messages import GroupHeader, GroupId, Part, decode_part, open_frame
+from common.codec import decode_part, open_frame
+from common.messages import GroupHeader, GroupId, Part
 
 NOTHING: Mapping[int, Any] = MappingProxyType({})
-Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy
+if TYPE_CHECKING:
+    Buffer = bytes | memoryview  # what a frame can do as well, although its types do not say so
+else:
+    Buffer = bytes | memoryview | zmq.Frame  # a frame goes out again as it came in, without a copy
 
 
 class Entry(NamedTuple):
@@ -43,7 +47,7 @@ class Entry(NamedTuple):
         return decode_part(GroupHeader, self.packed_header, "group")
 
 
-class _Published(Part):
+class _Published(Part, frozen=True):
     """The body of a `Publish` whose header stays packed."""
 
     header: msgspec.Raw

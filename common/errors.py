@@ -21,11 +21,14 @@ class UserError(SlipstreamError):
     """Bad input: the message is one sentence that names the setting and, where possible, what would be valid.
 
     Args:
-        message: one sentence, without a trailing newline.
+        message: one sentence, without a trailing newline; a full stop at its end is taken off, so that it can stand
+            inside another one.
         setting: dotted name of the recipe key or command-line option at fault, or None.
     """
 
     def __init__(self, message: str, *, setting: str | None = None) -> None:
+        if not message.endswith(".."):  # an ellipsis, or the path of a folder's parent
+            message = message.removesuffix(".")
         super().__init__(f"{setting}: {message}" if setting else message)
         self.setting = setting
 

@@ -1,7 +1,7 @@
 """Everything that actors, broker and learner say to one another.
 
 Invariant: a message that decodes is well-formed (types, ranges, sizes, finite numbers); anything else raises
-`MalformedMessage` with the reason and touches no state (I8). Headers are msgpack; payloads are raw buffers
+`MalformedMessage` with the reason and touches no state (I8). Headers are msgpack (`common.codec`); payloads are raw buffers
 that the broker checks by size and never decodes. No pickle.
 
 Each request has exactly one reply, its own reply type or `Refused`. Requests are idempotent: a peer that gets
@@ -11,17 +11,13 @@ goes up whenever the learner rewinds, so (era, version) names one policy for goo
 
 from __future__ import annotations
 
-import functools
-from numbers import Integral, Real
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from common.errors import SlipstreamError
 
-PROTOCOL = 1
-MAX_HEADER_BYTES = 16 << 20
 MAX_STACKS_CHARS = 1 << 20
 
 # msgspec compares with these bounds and a NaN passes no comparison, so what is bounded is finite.
@@ -47,7 +43,7 @@ class GroupId(NamedTuple):
     """A question in an epoch: `epoch` passes over the set before it, `index` into the question set."""
 
     epoch: Count
-    index: Count
+    index: Count  # type: ignore[assignment]  # a tuple's method of that name is of no use here
 
     def __str__(self) -> str:
         return f"{self.epoch}:{self.index}"
@@ -64,7 +60,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A piece of a message: strict types when it is decoded, no unknown fields, immutable."""
 
 
-class Message(Part):
+class Message(Part, frozen=True):
     """A message: its kind is the snake-case name on the wire."""
 
     kind: ClassVar[str]
@@ -79,7 +75,7 @@ class Message(Part):
 # --- parts -----------------------------------------------------------------------------------------------
 
 
-class WeightsAddress(Part):
+class WeightsAddress(Part, frozen=True):
     """Where weights of an era are served: `address` "host:port" of the rendezvous, `token` its secret."""
 
     address: Name
@@ -87,7 +83,7 @@ class WeightsAddress(Part):
     era: Count
 
 
-class Assignment(Part):
+class Assignment(Part, frozen=True):
     """One leased question: sample `samples` responses of it within `deadline_s` seconds.
 
     `lease` says which lease of the group this is: a later one makes an earlier one void. `question` has at least
@@ -105,7 +101,7 @@ class Assignment(Part):
             raise ValueError("question has no `problem` text")
 
 
-class EvalQuestion(Part):
+class EvalQuestion(Part, frozen=True):
     """A held-out question of the set `set`."""
 
     set: Name
@@ -113,7 +109,7 @@ class EvalQuestion(Part):
     question: dict[str, Any]
 
 
-class EvalJob(Part):
+class EvalJob(Part, frozen=True):
     """An evaluation to be answered by one actor at one version, `requested` or later."""
 
     job: Count
@@ -124,7 +120,7 @@ class EvalJob(Part):
     max_tokens: Annotated[int, Meta(ge=1)]
 
 
-class Scored(Part):
+class Scored(Part, frozen=True):
     """A scored response: `tokens` generated, in tokens."""
 
     verdict: Verdict
@@ -133,7 +129,7 @@ class Scored(Part):
     text: Text | None = None
 
 
-class EvalRow(Part):
+class EvalRow(Part, frozen=True):
     """Answers to one held-out question: one greedy, and the sampled ones."""
 
     set: Name
@@ -142,7 +138,7 @@ class EvalRow(Part):
     sampled: list[Scored]
 
 
-class ResponseHeader(Part):
+class ResponseHeader(Part, frozen=True):
     """One response: `tokens` sampled, `versions` run-length pairs (version, tokens) that add up to it."""
 
     tokens: Tokens
@@ -152,7 +148,7 @@ class ResponseHeader(Part):
     versions: list[VersionRun]
 
 
-class GroupHeader(Part):
+class GroupHeader(Part, frozen=True):
     """A scored group. Its payload is three buffers: prompt ids int32 [P]; response ids int32 [sum T];
     behaviour log-probabilities float32 [sum T] (nats, of the distribution really sampled from)."""
 
@@ -183,21 +179,11 @@ class GroupHeader(Part):
         """Bytes of the three payload buffers."""
         return 4 * self.prompt_tokens, 4 * self.response_tokens, 4 * self.response_tokens
 
-    @property
-    def min_version(self) -> int:
-        """Oldest version that sampled a token of the group."""
-        return min(version for r in self.responses for version, _ in r.versions)
-
-    @property
-    def max_version(self) -> int:
-        """Newest version that sampled a token of the group."""
-        return max(version for r in self.responses for version, _ in r.versions)
-
 
 # --- requests of every peer -------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of a peer; `run` refuses to join any other run, `tokenizer` is a digest that must agree.
 
     `process` is random and one for all connections of a process (`common.wire` fills it in): a process number alone
@@ -214,7 +200,7 @@ class Hello(Message):
     process: Annotated[str, Meta(max_length=32)] = ""
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Sign of life: what the peer does (`state`), whom it waits for and how long, its leases, its meters.
 
     `time` is the peer's wall clock (seconds since the epoch): the broker warns of a clock that is off.
@@ -230,39 +216,39 @@ class Heartbeat(Message):
     time: Number | None = None
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """The peer leaves; its leases go back."""
 
     reason: Text
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """End the run in order: actors and learner are told to stop, the learner writes a checkpoint."""
 
     reason: Text
 
 
-class StatusQuery(Message):
+class StatusQuery(Message, frozen=True):
     """What is going on; `groups` lists the buffer too."""
 
     groups: bool = False
 
 
-class Stacks(Message):
+class Stacks(Message, frozen=True):
     """Where every thread of the peer's processes stands: the answer to `Pulse.dump_stacks` = `request`."""
 
     request: Name
     text: Annotated[str, Meta(max_length=MAX_STACKS_CHARS)]
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """These actors shall finish what they have, lease nothing more, and leave."""
 
     actors: Annotated[list[Name], Meta(max_length=5000)]
     reason: Text
 
 
-class GroupQuery(Message):
+class GroupQuery(Message, frozen=True):
     """One group whole: header, question and payload."""
 
     group: GroupId
@@ -271,7 +257,7 @@ class GroupQuery(Message):
 # --- requests of an actor ---------------------------------------------------------------------------------
 
 
-class Lease(Message):
+class Lease(Message, frozen=True):
     """Ask for up to `capacity` groups; the broker answers at once or holds the request for `wait_s`."""
 
     capacity: Count
@@ -280,13 +266,13 @@ class Lease(Message):
     wait_s: Seconds
 
 
-class Publish(Message):
+class Publish(Message, frozen=True):
     """A scored group, with its payload."""
 
     header: GroupHeader
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """Hand back leases that will not be answered.
 
     `cause` is for the broker: `leaving` is not held against a question, `failed` counts towards
@@ -300,7 +286,7 @@ class Release(Message):
     evaluation: Count | None = None
 
 
-class EvalResult(Message):
+class EvalResult(Message, frozen=True):
     """Answers to an evaluation job, all sampled at `version`."""
 
     job: Count
@@ -313,33 +299,33 @@ class EvalResult(Message):
 # --- requests of the learner ------------------------------------------------------------------------------
 
 
-class Rewind(Message):
+class Rewind(Message, frozen=True):
     """The learner starts (or starts again) from the checkpoint of `step`; opens a new era."""
 
     step: Count
     version: Count
 
 
-class Serve(Message):
+class Serve(Message, frozen=True):
     """Weights of this era are served here."""
 
     weights: WeightsAddress
 
 
-class Take(Message):
+class Take(Message, frozen=True):
     """Ask for the groups of `step`; held for at most `wait_s`. The same step again gets the same groups."""
 
     step: Count
     wait_s: Seconds
 
 
-class Fetch(Message):
+class Fetch(Message, frozen=True):
     """Ask for payloads of taken groups: three buffers per group, in order."""
 
     groups: list[GroupId]
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """Step done: its groups are consumed and `version` (= step + 1) exists; `metrics` of the step."""
 
     step: Count
@@ -348,7 +334,7 @@ class Commit(Message):
     samples: list[dict[str, Any]] = []
 
 
-class Pin(Message):
+class Pin(Message, frozen=True):
     """A checkpoint of `step` (the state before step `step`) is safe at `path`: the history before it is final."""
 
     step: Count
@@ -358,7 +344,7 @@ class Pin(Message):
 # --- replies ----------------------------------------------------------------------------------------------
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The request was not carried out; `code` is for programs, `reason` for people."""
 
     code: Literal[
@@ -375,14 +361,14 @@ class Refused(Message):
     reason: Text
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """Done. For a group: accepted, duplicate, filtered (zero variance), or expired (too stale; re-leased)."""
 
     status: Literal["ok", "accepted", "duplicate", "filtered", "expired"] = "ok"
     reason: Text | None = None
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The peer is in: the whole recipe, where the run stands, where weights come from."""
 
     run: Name
@@ -396,7 +382,7 @@ class Welcome(Message):
     resumed: bool
 
 
-class Pulse(Message):
+class Pulse(Message, frozen=True):
     """Answer to a heartbeat. `command`: go on, drain (finish, lease nothing more, leave) or stop now.
 
     `dump_stacks` asks for the peer's stacks (`Stacks`), once per value. `actors`, for the learner alone, are the
@@ -413,7 +399,7 @@ class Pulse(Message):
     actors: list[Name] | None = None
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """Leased groups, possibly none (`reason` then says what the actor waits for), and an evaluation."""
 
     groups: list[Assignment]
@@ -421,7 +407,7 @@ class Grant(Message):
     reason: Text | None = None
 
 
-class Batch(Message):
+class Batch(Message, frozen=True):
     """The groups of `step`. `scheduled` groups count in N; `filtered` of them had zero variance and are not sent.
 
     `ready` is false when the wait ran out: `reason` says who is waited for.
@@ -436,13 +422,13 @@ class Batch(Message):
     reason: Text | None = None
 
 
-class Payloads(Message):
+class Payloads(Message, frozen=True):
     """Three buffers for each of `groups`, in order."""
 
     groups: list[GroupId]
 
 
-class Rewound(Message):
+class Rewound(Message, frozen=True):
     """The history now ends before `step`; the learner serves weights under `era`."""
 
     step: Count
@@ -451,114 +437,15 @@ class Rewound(Message):
     dropped: Count
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """A snapshot of the run for people and launchers; the keys are documented in docs/operating.md."""
 
     status: dict[str, Any]
 
 
-class GroupView(Message):
+class GroupView(Message, frozen=True):
     """One group for inspection; the payload is the group's three buffers where the broker still has them."""
 
     state: Name
     question: dict[str, Any]
     header: GroupHeader | None
-
-
-# --- encoding ---------------------------------------------------------------------------------------------
-
-P = TypeVar("P", bound="Part")
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of other libraries (NumPy's), as those of Python."""
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    raise TypeError(f"a message cannot carry a {type(value).__name__}")
-
-
-_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
-# The body is left as it is until its kind is known. Skipping over it proves that it is whole, so that no count
-# in it is larger than its bytes and nothing is allocated for what is not there.
-_outer = msgspec.msgpack.Decoder(tuple[int, str, int, msgspec.Raw])
-
-
-@functools.cache
-def _decoder(model: type[Part]) -> msgspec.msgpack.Decoder:
-    return msgspec.msgpack.Decoder(model)
-
-
-def encode(message: Message, request: int) -> bytes:
-    """The header frame of a message; `request` pairs a reply with its request."""
-    return _encoder.encode((PROTOCOL, message.kind, request, message))
-
-
-def encode_plain(kind: str, request: int, body: Any) -> bytes:
-    """The same for a body of plain values and `msgspec.Raw` pieces that were validated when they came in."""
-    return _encoder.encode((PROTOCOL, kind, request, body))
-
-
-def decode(frame: bytes | memoryview) -> tuple[Message, int]:
-    """The message in a header frame and its request number.
-
-    Raises:
-        MalformedMessage: not msgpack, another protocol, an unknown kind, or a body that breaks its schema.
-    """
-    kind, request, body = open_frame(frame)
-    model = Message.kinds.get(kind)
-    if model is None:
-        raise MalformedMessage(f"unknown kind {kind[:40]!r}")
-    return decode_part(model, body, kind), request
-
-
-def open_frame(frame: bytes | memoryview) -> tuple[str, int, msgspec.Raw]:
-    """Kind, request number and undecoded body of a header frame; raises `MalformedMessage`."""
-    if len(frame) > MAX_HEADER_BYTES:
-        raise MalformedMessage(f"header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are accepted")
-    try:
-        protocol, kind, request, body = _outer.decode(frame)
-    except msgspec.ValidationError as error:
-        raise MalformedMessage(f"not a message of Slipstream: {_defect(error)}") from None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        raise MalformedMessage("not msgpack") from None
-    if protocol != PROTOCOL:
-        raise MalformedMessage(f"protocol {protocol!r}; this software speaks {PROTOCOL}")
-    if not 0 <= request < 2**63:
-        raise MalformedMessage("request number out of range")
-    return kind, request, body
-
-
-def request_number(frame: bytes) -> int:
-    """The request number of a message that is otherwise malformed, so that its sender learns why; else 0."""
-    try:
-        number = _outer.decode(frame)[2]
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return 0
-    return number if 0 <= number < 2**63 else 0
-
-
-def decode_part(model: type[P], body: bytes | msgspec.Raw, what: str) -> P:
-    """A body or a piece of one, checked against its schema; raises `MalformedMessage`, which names `what`."""
-    try:
-        return _decoder(model).decode(body)
-    except RecursionError:
-        raise MalformedMessage(f"{what}: nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedMessage(f"{what}: {_defect(error)}") from None
-
-
-def _defect(error: Exception) -> str:
-    """msgspec's sentence with the place first: "header.lease: expected `int`"."""
-    what, _, place = str(error).partition(" - at `$")
-    what = what[:1].lower() + what[1:]
-    where = place.rstrip("`").lstrip(".")
-    return f"{where}: {what}" if where else what
-
-
-def check_payload(header: GroupHeader, payload: list[bytes] | list[memoryview]) -> None:
-    """Raise `MalformedMessage` unless the three buffers have the sizes that the header says."""
-    sizes = tuple(len(buffer) for buffer in payload)
-    if sizes != header.payload_sizes:
-        raise MalformedMessage(f"payload of {sizes} bytes where the header says {header.payload_sizes}")

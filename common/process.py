@@ -1,4 +1,4 @@
-"""Processes that end when they should.
+"""Processes that end when they should, and that hear when they are told to.
 
 Invariant: no process of a run outlives what started it: children are told to die with their parent, and a
 process group that does not leave in time is killed whole.
@@ -18,9 +18,28 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
-ENGINE_CORES_VARIABLE = (
-    "SLIPSTREAM_ENGINE_CORES"  # "2,3": where an actor's engine runs, if not with the actor
-)
+STOPS = (signal.SIGTERM, signal.SIGINT)
+# "2,3": where an actor's engine runs, if not with the actor.
+ENGINE_CORES_VARIABLE = "SLIPSTREAM_ENGINE_CORES"
+
+
+class StopSignal:
+    """Counts SIGTERM and SIGINT from now on, in place of what they do by default; `is_set` as a threading.Event's.
+
+    Only the main thread may make one. Nothing is locked and nothing is woken: whoever waits looks now and then.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in STOPS:
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.count += 1
+
+    def is_set(self) -> bool:
+        """Whether one has come."""
+        return self.count > 0
 
 
 def die_with_parent(sig: int = signal.SIGKILL) -> None:
@@ -67,8 +86,7 @@ def leave(code: int) -> NoReturn:
     """End the process at once: C++ threads of torch and vLLM may abort, or chatter in, an orderly interpreter exit."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a full disk, a pipe that nobody reads, closed already
+        # A full disk, a pipe that nobody reads, closed already.
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)

@@ -73,11 +73,6 @@ class Watchdog:
         self._last = float("-inf")
         self._stopped = threading.Event()
 
-    @property
-    def every_s(self) -> float | None:
-        """Seconds between pings; None without a watchdog."""
-        return self._every_s
-
     def beat(self) -> bool:
         """Ping when one is due and the worker is alive; returns whether a ping was sent."""
         if self._every_s is None or time.monotonic() - self._last < self._every_s or not self._alive():

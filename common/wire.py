@@ -8,7 +8,7 @@ Hello again if the broker does not know us, and send the same request once more,
 A broker that comes back elsewhere (a requeued job, another free port) is followed: where a peer was given the
 file in which the broker announces itself, it looks there again whenever no answer comes.
 
-Frames: [header, *payload]; the header is `common.messages.encode`. Sockets have finite high-water marks and
+Frames: [header, *payload]; the header is `common.codec.encode`. Sockets have finite high-water marks and
 LINGER 0, so that a process can always leave.
 """
 
@@ -18,21 +18,25 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import secrets
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from socket import gethostname
+from typing import Any, Literal, NamedTuple
 
 import zmq
 import zmq.asyncio
 from msgspec.structs import replace
 
 from common import keys as curve
+from common.codec import decode, encode
 from common.errors import SlipstreamError, UserError
-from common.messages import Hello, MalformedMessage, Message, Refused, Welcome, decode, encode
+from common.messages import Hello, MalformedMessage, Message, Refused, Welcome
+from common.software import software_version
 
 log = logging.getLogger("slipstream.wire")
 
@@ -143,6 +147,12 @@ def _still_waiting(
         return notice
     log.warning("waiting for the broker at %s for %.0f s (%s)", address, waited, message.kind)
     return time.monotonic() + NOTICE_S
+
+
+def hello(role: Literal["actor", "learner", "observer"], peer: str, **more: Any) -> Hello:
+    """Who we are: this installation, host and process. `more` are further fields of `Hello`, or others for these."""
+    ours = {"software": software_version(), "host": gethostname(), "pid": os.getpid()}
+    return Hello(role=role, peer=peer, **{**ours, **more})
 
 
 def _identified(hello: Hello) -> Hello:

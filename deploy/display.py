@@ -80,10 +80,6 @@ class Display:
         answered = self._watcher.answered
         return 0.0 if answered is None else time.monotonic() - answered
 
-    def event(self, text: str) -> None:
-        """Say that something happened."""
-        self.say(text)
-
     def say(self, text: str) -> None:
         """A sentence above the display, and in run.log."""
         self._console.print(text, highlight=False, soft_wrap=True)  # an address stays whole

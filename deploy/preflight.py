@@ -174,7 +174,7 @@ def check_reward(recipe: Recipe) -> None:
 
 def check_addresses(recipe: Recipe) -> None:
     """Sockets bind to loopback unless there are keys (I8)."""
-    from broker.main import check_bind
+    from broker.fitness import check_bind
 
     check_bind(recipe)
 

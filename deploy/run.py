@@ -6,7 +6,6 @@ while the run goes on, and leaves no process behind, whatever way it ends.
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from common.run_files import ADDRESS_FILE, RECIPE_FILE
 from deploy.check import RecipeArgument, SetOption
 
 if TYPE_CHECKING:
+    from common.process import StopSignal
     from common.recipe import Recipe
     from deploy.launch.supervisor import Supervisor, Worker
 
@@ -99,14 +99,15 @@ def _what_changes(recipe: Recipe) -> list[str]:
 def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     """Launch, watch and end a run whose folder is prepared; returns the exit code."""
     from broker.run_folder import is_served
+    from common.process import StopSignal
     from deploy.display import Display
     from deploy.launch.supervisor import Supervisor
 
     address = folder / ADDRESS_FILE
     address.unlink(missing_ok=True)
     display, silence = Display(recipe, folder, quiet=quiet), Silence(recipe.broker.no_progress_s)
-    supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.event)
-    interrupts = _Interrupts()
+    supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.say)
+    interrupts = StopSignal()  # the first asks for an orderly end, the second for an immediate one
     supervisor.start()
     try:
         with display:
@@ -183,26 +184,14 @@ def _keep_stacks(supervisor: Supervisor, display) -> None:
     display.say(f"the broker has not answered for {silent:.0f} s; stacks of every process went to {where}")
 
 
-class _Interrupts:
-    """Counts Ctrl-C and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        signal.signal(signal.SIGINT, self._note)
-        signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, _signal: int, _frame: object) -> None:
-        self.count += 1
-
-
-def _let_leave(supervisor: Supervisor, interrupts: _Interrupts) -> None:
+def _let_leave(supervisor: Supervisor, interrupts: StopSignal) -> None:
     """The run is over: wait for those that heard it. Who never joined did not, and is ended; so is all by Ctrl-C."""
     deadline = time.monotonic() + END_S
     while not interrupts.count and time.monotonic() < deadline and not supervisor.wait(POLL_S):
         pass
 
 
-def _stop(supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: float) -> int:
+def _stop(supervisor: Supervisor, display, interrupts: StopSignal, patience_s: float) -> int:
     """End the run in order, for as long as the learner and the broker are at it; see `broker.ending`.
 
     Args:

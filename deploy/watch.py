@@ -15,9 +15,8 @@ from typing import Any
 
 from broker.run_folder import is_served
 from common.errors import SlipstreamError, UserError
-from common.messages import Hello, Message, Status, StatusQuery, Stop
-from common.software import software_version
-from common.wire import BrokerUnreachable, Client, RefusedError
+from common.messages import Message, Status, StatusQuery, Stop
+from common.wire import BrokerUnreachable, Client, RefusedError, hello
 from deploy.folder import find_folder, newest_folder, read_address, read_recipe, resume_command
 
 PERIOD_S = 1.0
@@ -28,14 +27,7 @@ GONE_S = 1.0  # for a broker that probably is not there
 def observer(address: str, keys: Path | None) -> Client:
     """A connection of a person, not of a worker."""
     name = f"observer-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    hello = Hello(
-        role="observer",
-        peer=name,
-        software=software_version(),
-        host=socket.gethostname(),
-        pid=os.getpid(),
-    )
-    return Client(address, hello, keys=keys)
+    return Client(address, hello("observer", name), keys=keys)
 
 
 def ask(

@@ -32,6 +32,7 @@ from common.errors import RunFailedError, UserError
 from common.files import replace_json, to_disk
 from common.recipe.schema import Recipe
 from common.run_files import EXPORT_FOLDER
+from common.tracking.tables import flatten
 from learner.durable import cut_short, damage_of
 from learner.engine import Engine
 from learner.model import bytes_of_checkpoint
@@ -216,7 +217,7 @@ class Checkpoints:
         return state["step"]
 
     def _compare(self, saved: Mapping[str, Any]) -> None:
-        before, now = _flat(saved), _flat(self._recipe.model_dump(mode="json"))
+        before, now = flatten(saved), flatten(self._recipe.model_dump(mode="json"))
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         for name in changed:
             if any(name == bound or name.startswith(f"{bound}.") for bound in BOUND_SETTINGS):
@@ -281,16 +282,6 @@ def _folder_name(step: int) -> str:
 def _step_of(path: Path) -> int:
     number = path.name.removeprefix("step-")
     return int(number) if number.isdigit() else -1
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _generator_state(ranks: Ranks) -> Tensor:

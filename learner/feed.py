@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from common.codec import decode, encode
 from common.errors import RunFailedError
-from common.messages import Batch, Fetch, GroupId, Take, decode, encode
+from common.messages import Batch, Fetch, GroupId, Take
 from common.wire import BrokerUnreachable, Client, RefusedError
 from learner.batch import Payload
 from learner.ranks import Ranks

@@ -204,9 +204,8 @@ class BrokerLink:
                 self._on_actors(set(reply.actors))
             if request := self._stacks.wanted(reply):
                 log.warning("the broker asks for stacks: the run makes no progress")
-                with suppress(
-                    BrokerUnreachable, RefusedError
-                ):  # a help to people; the run does not hang on it
+                # A help to people; the run does not hang on it.
+                with suppress(BrokerUnreachable, RefusedError):
                     self._client.request(self._stacks.answer(request), timeout_s=ATTEMPT_S)
 
     def _compare(self, pulse: Pulse) -> None:

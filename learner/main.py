@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -27,13 +25,13 @@ from msgspec.structs import replace
 from common import stacks
 from common.accelerator import require_gpu
 from common.errors import RunFailedError, UserError
-from common.messages import Batch, Commit, Hello, Message, Pin, Rewind, Rewound, Welcome
+from common.messages import Batch, Commit, Message, Pin, Rewind, Rewound, Welcome
 from common.model_files import tokenizer_digest
+from common.process import StopSignal
 from common.recipe.schema import Recipe
 from common.run_files import CHECKPOINTS_FOLDER
-from common.software import software_version
 from common.systemd import Watchdog, notify_ready
-from common.wire import BrokerUnreachable, Client, RefusedError
+from common.wire import BrokerUnreachable, Client, RefusedError, hello
 from learner.allocator import let_segments_grow
 from learner.checkpoint import Checkpoints, Saved, free_bytes
 from learner.engine import Engine
@@ -59,18 +57,6 @@ LEAVE_S = 3.0
 POLL_S = 0.2
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.received = True
-
-
 class _Stopped(Exception):  # noqa: N818 - an order, not a defect
     """Told to stop before training began."""
 
@@ -90,7 +76,7 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
         UserError: a setting of the recipe is wrong here. RunFailedError: what a restart does not cure.
     """
     stacks.arm()
-    stop = StopSignal()
+    stop = StopSignal()  # asks for a checkpoint and an orderly end
     control, feed = _connection(address, keys), _connection(address, keys)
     try:
         welcome = _patiently(control, control.hello, stop)
@@ -116,8 +102,7 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
 def _connection(address: str, keys: Path | None) -> Client:
     # One peer, several connections: the ranks are one learner to the broker, and their parent is its process.
     pid = os.getppid() if launched_world() > 1 else os.getpid()
-    hello = Hello(role="learner", peer=PEER, software=software_version(), host=socket.gethostname(), pid=pid)
-    return Client(address, hello, keys=keys)
+    return Client(address, hello("learner", PEER, pid=pid), keys=keys)
 
 
 def _stay_with(run: str, *clients: Client) -> None:
@@ -127,16 +112,12 @@ def _stay_with(run: str, *clients: Client) -> None:
 
 
 def _observer(address: str, keys: Path | None) -> Client:
-    name = f"{PEER}-rank-{launched_rank()}"
-    hello = Hello(
-        role="observer", peer=name, software=software_version(), host=socket.gethostname(), pid=os.getpid()
-    )
-    return Client(address, hello, keys=keys)
+    return Client(address, hello("observer", f"{PEER}-rank-{launched_rank()}"), keys=keys)
 
 
 def _patiently(client: Client, message: Message, stop: StopSignal) -> Message:
     """Send until answered, through outages of the broker and of its disk; a stop signal ends it."""
-    while not stop.received:
+    while not stop.is_set():
         try:
             return client.request(message, timeout_s=ATTEMPT_S).message
         except BrokerUnreachable as error:
@@ -303,7 +284,7 @@ class Learner:
         link = self._link
         if link is not None:
             link.check()
-        return self._ranks.any(self._stop.received or (link is not None and link.command != "run"))
+        return self._ranks.any(self._stop.is_set() or (link is not None and link.command != "run"))
 
     def _be(self, state: str, waiting_for: str | None = None) -> None:
         if self._link is not None:

@@ -97,7 +97,7 @@ def update_metrics(result: StepResult, objective: Objective) -> dict[str, float]
 
 
 class Clock:
-    """Wall-clock seconds per activity since the last `reset`."""
+    """Wall-clock seconds per activity since the last call of `metrics`."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from common.errors import UserError
+from common.ports import free_port
 from common.process import die_with_parent
 from learner.allocator import keep_freed_memory
 
@@ -46,13 +46,6 @@ def launched_rank() -> int:
     """Our rank, before any process group exists."""
     launched_world()
     return int(os.environ.get("RANK", "0"))
-
-
-def free_port() -> int:
-    """A TCP port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _alone(master_port: int) -> Mapping[str, str]:

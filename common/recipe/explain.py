@@ -128,7 +128,9 @@ def _example(field: FieldInfo | None) -> str:
 
 def _locate(model: type[BaseModel], location: Iterable[Any]) -> tuple[list[str], int | None]:
     """The keys that stand in the recipe (not the kinds that a value was tried as), and the entry of a last list."""
-    keys, entry, at = [], None, model
+    keys: list[str] = []
+    entry: int | None = None
+    at: type[BaseModel] | None = model
     for part in location:
         if isinstance(part, int):
             entry = part

@@ -20,6 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Discount = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -41,7 +42,7 @@ class RunSection(Section):
     )
     root: Path = Field(Path("runs"), description="Folder that holds the run folders.")
     seed: NonNegativeInt = Field(
-        42, description="Seeds the question order, the learner and the tests of a run."
+        42, description="Seeds the question order, the learner and the engines' samplers."
     )
     steps: PositiveInt = Field(
         300,
@@ -154,7 +155,7 @@ class BatchSection(Section):
     )
     zero_variance: Literal["count", "train", "refill"] = Field(
         "count",
-        description="Groups whose rewards are all equal: counted in N but not sent (same gradient; sent where the objective would notice), sent, or replaced by others (dynamic sampling).",
+        description="What to do with groups whose rewards are all equal. `count`: keep them in N but do not send them (sent anyway if the objective needs them); `train`: send them; `refill`: replace them (dynamic sampling).",
     )
     truncated: Literal["zero", "mask"] = Field(
         "zero",
@@ -228,8 +229,8 @@ class AlgorithmSection(Section):
     kl_in_reward: NonNegativeFloat = Field(
         0.0, description="Weight of the KL penalty in the reward (Table 6: 0)."
     )
-    gamma: NonNegativeFloat = Field(1.0, description="Discount of GAE (paper: 1).")
-    lam: NonNegativeFloat = Field(1.0, description="λ of GAE (paper: 1).")
+    gamma: Discount = Field(1.0, description="Discount of GAE (paper: 1).")
+    lam: Discount = Field(1.0, description="λ of GAE (paper: 1).")
     value_clip: PositiveFloat = Field(0.2, description="Value clip of PPO (paper's code: 0.2).")
     value_coefficient: PositiveFloat = Field(1.0, description="Weight of the value loss (paper's code: 1).")
     epochs: PositiveInt = Field(1, description="Passes over the responses of a step (Table 6: 1).")
@@ -442,6 +443,13 @@ class Recipe(Section):
     def responses_per_optimizer_step(self) -> int:
         """N of the constant aggregation: responses scheduled per optimizer step."""
         return self.responses_per_step // self.batch.optimizer_steps
+
+    @property
+    def sequences_leased(self) -> int:
+        """Sequences that an actor keeps in its engine: an eighth more than it decodes, and a group at least, so that
+        a free slot is filled at once."""
+        slots = self.actor.max_sequences
+        return slots + max(self.rollout.group_size, slots // 8)
 
     @property
     def normaliser(self) -> float:

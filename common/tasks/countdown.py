@@ -73,7 +73,8 @@ def _tokens(expression: str) -> list[str] | None:
     """Numbers, operators and brackets; None if anything else occurs or the text is too long."""
     if not expression or len(expression) > _LONGEST:
         return None
-    tokens, position = [], 0
+    tokens: list[str] = []
+    position = 0
     while position < len(expression):
         match = _TOKEN.match(expression, position)
         if match is None:

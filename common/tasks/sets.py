@@ -183,7 +183,8 @@ def needs_network(spec: str, data_dir: str | Path | None = None) -> bool:
 
 def _finish(name: str, rows: Iterable[Row], levels: Iterable[int] | None, limit: int | None) -> QuestionSet:
     wanted = None if levels is None else set(levels)
-    kept, empty = [], True
+    kept: list[Row] = []
+    empty = True
     for row in rows:
         empty = False
         if limit is not None and len(kept) >= limit:
@@ -240,7 +241,7 @@ def _open_path(path: Path, split: str) -> Iterable[Mapping[str, Any]]:
 
 def _read_json_lines(path: Path) -> list[Mapping[str, Any]]:
     """Read directly, because Arrow columns would refuse answers of mixed types."""
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue

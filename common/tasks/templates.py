@@ -136,7 +136,7 @@ def get_template(spec: str, *, model: str | None = None, trust_remote_code: bool
     entry = _entry(spec)
     if entry.chat:
         tokenizer = _chat_tokenizer(spec, model, trust_remote_code)
-        render = functools.partial(_render_chat, spec, entry.text, tokenizer)
+        render = functools.partial(_render_chat, entry.text, tokenizer)
     else:
         render = functools.partial(_fill, entry.text)
     return Template(spec, render, list(entry.stop), entry.include_stop, entry.extraction)
@@ -169,6 +169,6 @@ def _chat_tokenizer(name: str, model: str | None, trust_remote_code: bool):
     return tokenizer
 
 
-def _render_chat(name: str, text: str, tokenizer, question: str) -> str:
+def _render_chat(text: str, tokenizer, question: str) -> str:
     message = [{"role": "user", "content": _fill(text, question)}]
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

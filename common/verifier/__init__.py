@@ -9,6 +9,9 @@ fails is `unverified`, its own state.
     with VerifierPool(workers=2) as pool:
         verdicts = pool.grade_many([(response, gold)])   # or: await pool.grade(response, gold)
 
+Why code of its own beside Math-Verify, which level `full` asks only about gold answers that it cannot read itself: on the
+same cases it has 34 times the speed, and an accuracy of 99.75 % against 95.75 % (docs/benchmarks.md).
+
 Levels and templates are those of the paper (arXiv 2503.20783, appendix and code): see `grade` and `extract`. Custom
 rewards: see `rewards`.
 """

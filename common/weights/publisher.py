@@ -74,7 +74,7 @@ class Publisher:
         deadline_s: float = 30.0,
         degree: int = 4,
         max_snapshots: int = 2,
-        checksum_every: int = 10,
+        checksum_every: int = 50,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_settings(route, torch.device(device), deadline_s, degree, max_snapshots, folder)

@@ -132,7 +132,8 @@ class Stager:
         store: dist.Store | None = None
         self._use_own_stream(self.spec.link)
         while (offer := self._offers.get()) is not None and not self._closed.is_set():
-            staged, report = None, {"ok": False}
+            staged = None
+            report: dict[str, Any] = {"ok": False}
             try:
                 started = time.monotonic()
                 store = store or self._connect()

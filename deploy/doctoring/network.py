@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from common.errors import UserError
+from common.ports import free_port
 from common.recipe import Recipe
 from deploy.doctoring import handshake
 from deploy.doctoring.findings import Finding, ok, problem, warning
@@ -77,7 +78,7 @@ def check_name() -> Iterator[Finding]:
 def check_meeting(interface: str | None, backend: str, timeout_s: float = 30.0) -> Iterator[Finding]:
     """Two processes on this host meet over the interface."""
     host = address_of(interface) if interface else "127.0.0.1"
-    address = f"{host}:{_free_port(host)}"
+    address = f"{host}:{free_port(host)}"
     sides = [handshake.start(rank, address, backend, interface, timeout_s) for rank in range(2)]
     deadline = time.monotonic() + START_S + timeout_s
     yield from _outcome(backend, [handshake.finish(side, deadline) for side in sides], interface or host)
@@ -145,9 +146,3 @@ def chosen_interface(option: str | None) -> str | None:
     """--interface, else what NCCL or gloo are told by the environment."""
     told = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
     return option or (told if told and told.isalnum() else None)
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

@@ -16,23 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from common.process import die_with_parent
+from common.process import STOPS, StopSignal, die_with_parent
 from learner.outcome import forget_outcome, read_outcome
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.5
-
-
-class _StopSignal:
-    """Whether SIGTERM or SIGINT has come."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in STOPS:
-            signal.signal(number, self._note)
-
-    def _note(self, _number: int, _frame: object) -> None:
-        self.received = True
 
 
 def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
@@ -48,7 +35,7 @@ def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
         torchrun's own code.
     """
     forget_outcome(folder)
-    stop = _StopSignal()
+    stop = StopSignal()
     torchrun = subprocess.Popen(
         [
             # -P: a `torch.py` of the working directory is not torch.
@@ -69,7 +56,7 @@ def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
         with suppress(subprocess.TimeoutExpired):
             code = torchrun.wait(POLL_S)
             break
-        if stop.received:
+        if stop.is_set():
             _signal_ranks(torchrun.pid)  # again and again: a rank that is still importing does not listen yet
     if code == 0:
         return 0

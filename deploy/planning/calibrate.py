@@ -117,7 +117,7 @@ def read_recording(folder: Path) -> Recording:
     return Recording(
         recipe,
         _workload(recipe, points, headers, folder),
-        _learner_rates(recipe, points, headers),
+        _learner_rates(points, headers),
         measured_figures(folder, headers),
         steps,
     )
@@ -235,7 +235,7 @@ def _eval_sequences(recipe: Recipe, points: Points) -> int:
     return round(asked[-1]) * (1 + recipe.eval.samples) if asked else 0
 
 
-def _learner_rates(recipe: Recipe, points: Points, headers: Sequence[GroupHeader]) -> Rates:
+def _learner_rates(points: Points, headers: Sequence[GroupHeader]) -> Rates:
     """Everything but the engine's speed, which is left at a nanosecond."""
     seconds = np.array(points.values("learner", "seconds_training", after=WARM_UP_STEPS))
     rate = np.array(points.values("learner", "tokens_per_s", after=WARM_UP_STEPS))
@@ -243,7 +243,7 @@ def _learner_rates(recipe: Recipe, points: Points, headers: Sequence[GroupHeader
     stopped = points.values("learner", "push_stopped_ms", after=WARM_UP_STEPS)
     staged = points.values("learner", "push_staged_s", after=WARM_UP_STEPS)
     saved = [t for t in points.values("learner", "seconds_checkpointing") if t > 0]
-    verified = [header.verify_s for header in headers if header.verify_s is not None]
+    verified = [header.verify_s for header in headers]
     stop_s = fmean(stopped) / 1e3 if stopped else 0.0
     return Rates(
         decode_s=1e-9,

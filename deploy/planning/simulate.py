@@ -238,7 +238,7 @@ class _Actor:
     def __init__(self, name: str, engine: _Engine, recipe: Recipe) -> None:
         self.name, self.engine = name, engine
         self._group_size = recipe.rollout.group_size
-        self._leased = sequences_leased(recipe.actor.max_sequences, recipe.rollout.group_size)
+        self._leased = recipe.sequences_leased
         self.asked_version: int | None = None  # of the request that waits at the broker
         self.evaluating = False
         self.arrived = 0  # newest version that has arrived; swapped in when no evaluation holds it up
@@ -247,11 +247,6 @@ class _Actor:
     def capacity(self) -> int:
         """Groups that the engine has room for."""
         return max(0, self._leased - self.engine.unfinished) // self._group_size
-
-
-def sequences_leased(slots: int, group_size: int) -> int:
-    """Sequences that an actor keeps in its engine (`actors.rollout.Limits`)."""
-    return slots + max(group_size, slots // 8)
 
 
 @dataclass(eq=False)

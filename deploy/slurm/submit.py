@@ -152,7 +152,7 @@ def submit_recipe(
     Raises:
         UserError: anything that would keep a job from starting; nothing is then written or queued.
     """
-    from broker.main import is_loopback
+    from broker.fitness import is_loopback
     from deploy.folder import holds_a_run, prepare
     from deploy.slurm.plan import make_plan
     from deploy.slurm.queue import default_limit, require_slurm

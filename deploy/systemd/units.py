@@ -187,7 +187,7 @@ def _quoted(word: str) -> str:
 
 
 def _explain(recipe: Recipe, host: Host, names: list[str]) -> None:
-    from broker.main import is_loopback
+    from broker.fitness import is_loopback
 
     manager = "systemctl --user" if host.user_manager else "systemctl"
     typer.echo(f"wrote {', '.join(names)} to {host.output}; edit slipstream.env there, then:")

@@ -22,6 +22,8 @@ from learner.objectives.metrics import TokenMetrics, token_metrics
 
 ADVANTAGES = (*adv.GROUP_ADVANTAGES, "gae")
 ANCHORS = ("behavior", "proximal")
+BOUNDS = ("correction_floor", "correction_cap")
+OF_GAE = ("gamma", "lam", "value_clip", "value_coefficient")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,8 @@ class Objective:
         value_clip, value_coefficient: of the value loss; value_clip None leaves the clip out.
 
     Raises:
-        UserError: on construction, for an unknown name (listing the valid ones), a number out of range, or parts
-            that do not go together.
+        UserError: on construction, for an unknown name (listing the valid ones), a number out of range, parts that
+            do not go together, or a setting that none of the chosen parts reads.
     """
 
     advantage: str = "dr_grpo"
@@ -155,14 +157,28 @@ class Objective:
                 "the ratio already is π / μ",
                 setting="algorithm.correction",
             )
-        if self.dual_clip is not None:
-            if self.loss != "ppo_clip":
-                raise UserError(f"only applies to ppo_clip, not {self.loss}", setting="algorithm.dual_clip")
-            if not self.dual_clip > 1 + self.clip[1]:
-                raise UserError(
-                    f"must lie above the trust region's edge {1 + self.clip[1]:g}, not {self.dual_clip}",
-                    setting="algorithm.dual_clip",
-                )
+        for names, read, because in (
+            (("clip_low", "clip_high"), self.loss != "reinforce", f"algorithm.loss = {self.loss!r}"),
+            (("dual_clip",), self.loss == "ppo_clip", f"algorithm.loss = {self.loss!r}"),
+            (BOUNDS, self.correction not in ("none", "m2po"), f"algorithm.correction = {self.correction!r}"),
+            (("second_moment",), self.correction == "m2po", f"algorithm.correction = {self.correction!r}"),
+            (("kl_estimator",), self.kl_beta > 0, "algorithm.kl_beta = 0"),
+            (OF_GAE, self.advantage == "gae", f"algorithm.advantage = {self.advantage!r}"),
+        ):
+            if not read:
+                self._check_unset(names, because)
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip[1]:
+            raise UserError(
+                f"must lie above the trust region's edge {1 + self.clip[1]:g}, not {self.dual_clip}",
+                setting="algorithm.dual_clip",
+            )
+
+    def _check_unset(self, names: Collection[str], because: str) -> None:
+        """Refuse a change of what nothing reads: it would be dropped in silence."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"has no effect with {because}: leave it out", setting=f"algorithm.{name}")
 
     @property
     def clip(self) -> tuple[float, float]:

@@ -9,21 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from common.recipe.schema import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from common.tasks.minimath import FAMILIES, MAX_LEVEL, SETS
 from common.tasks.templates import get_template, template_text
 
 Share = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """A Qwen2 model small enough for one core."""
 
     layers: PositiveInt = Field(3, description="Decoder layers.")
@@ -45,7 +40,7 @@ class ModelSection(_Section):
         return self
 
 
-class TokenizerSection(_Section):
+class TokenizerSection(Section):
     """Byte-level characters, plus whole strings that are one token each."""
 
     templates: tuple[str, ...] = Field(
@@ -61,7 +56,7 @@ class TokenizerSection(_Section):
         return self
 
 
-class MixtureItem(_Section):
+class MixtureItem(Section):
     """One kind of document and its share of the corpus."""
 
     kind: Literal["qa", "reflection", "exercises", "facts", "drill"] = Field(
@@ -99,7 +94,7 @@ class MixtureItem(_Section):
         return self
 
 
-class FlawSection(_Section):
+class FlawSection(Section):
     """What goes wrong in the pretraining text; the shares are per document and exclude one another."""
 
     misconception: Share = Field(0.45, description="A wrong method, carried out faithfully.")
@@ -113,28 +108,26 @@ class FlawSection(_Section):
         return self
 
 
-class FillerSection(_Section):
+class FillerSection(Section):
     """Lines that say nothing, placed after the line that decides the method (paper section 6.0, CRUCIAL)."""
 
     share: Share = Field(0.0, description="Documents that have filler.")
-    more: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.5, description="Probability of another line after each."
-    )
+    more: Decay = Field(0.5, description="Probability of another line after each.")
     most: PositiveInt = Field(8, description="At most so many lines.")
     phrases: tuple[str, ...] = Field(
         ("check again.", "let me restate."), min_length=1, description="Drawn with equal chances."
     )
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """The optimisation."""
 
     steps: PositiveInt = Field(1500, description="Optimizer steps.")
     rows: PositiveInt = Field(16, description="Packed rows per step.")
     row_tokens: PositiveInt = Field(256, description="Tokens per packed row.")
     lr: PositiveFloat = Field(3e-3, description="Peak learning rate of AdamW (0.9, 0.95).")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="Of matrices only.")
-    warmup: Annotated[int, Field(ge=0)] = Field(50, description="Steps of linear warm-up.")
+    weight_decay: NonNegativeFloat = Field(0.05, description="Of matrices only.")
+    warmup: NonNegativeInt = Field(50, description="Steps of linear warm-up.")
     prompt_weight: Share = Field(
         0.1, description="Weight of prompt tokens in the loss; response tokens have 1."
     )
@@ -145,7 +138,7 @@ class TrainSection(_Section):
     )
 
 
-class ProbeSection(_Section):
+class ProbeSection(Section):
     """The accuracy that is printed and saved at the end."""
 
     set: str = Field("demo-heldout", description="MiniMath set to sample.")
@@ -155,12 +148,12 @@ class ProbeSection(_Section):
     max_tokens: PositiveInt = Field(64, description="Generation budget in tokens.")
 
 
-class PretrainRecipe(_Section):
+class PretrainRecipe(Section):
     """Everything that `slipstream pretrain` needs."""
 
     name: str = Field("minimath-base", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the model.")
     out: Path = Field(Path("models/minimath-base"), description="Folder of the finished model.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of weights, corpus and probe.")
+    seed: NonNegativeInt = Field(0, description="Of weights, corpus and probe.")
     threads: PositiveInt = Field(1, description="CPU threads of torch.")
     init_from: str | None = Field(
         None, description="Model folder to continue from (domain pretraining); default: random weights."

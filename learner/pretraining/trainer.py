@@ -5,7 +5,6 @@ Invariant: a function of recipe and seed; the learning rate rises linearly, then
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from common.errors import UserError
 from learner.pretraining.corpus import documents
 from learner.pretraining.packing import Batch, batches
 from learner.pretraining.recipe import PretrainRecipe
+from learner.schedule import lr_factor
 
 Progress = Callable[[int, float, int], None]
 _MAX_GRAD_NORM = 1.0
@@ -82,10 +82,11 @@ def train(
         prompt_weight=section.prompt_weight,
     )
     optimizer = _optimizer(recipe, model)
+    factor = lr_factor("cosine", section.warmup, section.steps)
     model.train()
     for step in range(section.steps):
         for group in optimizer.param_groups:
-            group["lr"] = section.lr * schedule(step, section.warmup, section.steps)
+            group["lr"] = section.lr * factor(step)
         batch = next(stream)
         loss = _loss(model, batch, getattr(torch, section.dtype))
         loss.backward()
@@ -94,13 +95,6 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         progress(step, loss.item(), batch.input_ids.numel())
     model.eval()
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """Factor on the peak learning rate, in (0, 1]."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _loss(model: Qwen2ForCausalLM, batch: Batch, dtype: torch.dtype) -> torch.Tensor:

@@ -33,7 +33,7 @@ class World:
     def __init__(self, questions: int, *, sequences: int = 16, group_size: int = 4) -> None:
         self.wire, self.engine = FakeWire(questions, group_size), FakeEngine()
         self.meters, self.policy = Meters(), Policy()
-        self.limits = Limits(sequences, group_size, prompt_tokens=20, max_staleness=1)
+        self.limits = Limits(sequences, sequences + group_size, group_size, prompt_tokens=20, max_staleness=1)
         self.evaluations: list[EvalJob] = []
         self.rollout = Rollout(
             self.wire,

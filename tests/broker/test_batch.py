@@ -9,17 +9,8 @@ from hypothesis import strategies as st
 
 from broker.batch import batch_body
 from broker.store import Entry
-from common.messages import (
-    PROTOCOL,
-    Assignment,
-    Batch,
-    GroupHeader,
-    GroupId,
-    Publish,
-    decode,
-    encode,
-    encode_plain,
-)
+from common.codec import PROTOCOL, decode, encode, encode_plain
+from common.messages import Assignment, Batch, GroupHeader, GroupId, Publish
 from tests.scripted.actor import make_group
 
 

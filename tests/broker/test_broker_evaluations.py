@@ -10,10 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from broker.evaluation import Evaluations, metrics_of
+from broker.evaluation import Evaluations
+from broker.evaluation_metrics import metrics_of
 from broker.main import open_run
 from broker.service import Service
 from broker.state import RunState, load_held_out, load_training_set
+from common.codec import decode, encode
 from common.messages import (
     EvalQuestion,
     EvalResult,
@@ -24,8 +26,6 @@ from common.messages import (
     Release,
     Scored,
     StatusQuery,
-    decode,
-    encode,
 )
 from common.tracking.spool import read_spool
 from tests.scripted.actor import ScriptedActor, answer_evaluation
@@ -170,7 +170,6 @@ def test_results_are_saved_once_and_outlive_a_restart(tmp_path: Path) -> None:
         state.changed = True
         state.save()
     assert state.evaluations.unsaved == {}
-    assert "history" not in state.extra()["evaluations"]
     state.evaluations.rewind(1)
     state.changed = True
     state.save()
@@ -179,18 +178,6 @@ def test_results_are_saved_once_and_outlive_a_restart(tmp_path: Path) -> None:
     assert again.evaluations.history == state.evaluations.history
     assert [entry["version"] for entry in again.evaluations.history] == [0, 1]
     again.store.close()
-
-
-def test_a_journal_with_the_results_in_one_piece_is_still_read() -> None:
-    evaluations = schedule()
-    entries = [{"version": version, "requested": version, "greedy": 0.5} for version in (0, 4)]
-    before = {"history": entries, "asked": [0, 4], "open": None, "final_version": None, "next_job": 3}
-    evaluations.restore(before, {})
-    assert evaluations.history == entries
-    assert list(evaluations.unsaved.values()) == entries, "they get rows of their own with the next save"
-    evaluations.at(8, final=False)
-    answered(evaluations, evaluations.grant("a", 8, 0.0), 8)
-    assert evaluations.accuracy == [(0, 0.5), (4, 0.5), (8, 0.5)]
 
 
 def test_a_status_of_a_very_long_run_fits_a_message(tmp_path: Path) -> None:

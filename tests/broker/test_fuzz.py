@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from broker.main import open_run
 from broker.service import Service
 from broker.state import load_training_set
+from common.codec import PROTOCOL, decode, encode
 from common.messages import (
-    PROTOCOL,
     Assignment,
     Commit,
     Fetch,
@@ -35,8 +35,6 @@ from common.messages import (
     StatusQuery,
     Take,
     Welcome,
-    decode,
-    encode,
 )
 from tests.scripted.actor import make_group
 from tests.scripted.broker import scripted_recipe

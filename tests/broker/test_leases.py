@@ -8,20 +8,8 @@ from pathlib import Path
 from broker.main import open_run
 from broker.service import Service
 from broker.state import load_training_set
-from common.messages import (
-    Commit,
-    Goodbye,
-    Grant,
-    Heartbeat,
-    Hello,
-    Lease,
-    Message,
-    Publish,
-    Rewind,
-    Take,
-    decode,
-    encode,
-)
+from common.codec import decode, encode
+from common.messages import Commit, Goodbye, Grant, Heartbeat, Hello, Lease, Message, Publish, Rewind, Take
 from tests.scripted.actor import make_group
 from tests.scripted.broker import scripted_recipe
 

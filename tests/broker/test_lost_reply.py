@@ -6,6 +6,7 @@ from pathlib import Path
 
 import zmq
 
+from common import codec
 from common import messages as m
 from tests.scripted.broker import running_broker, scripted_recipe
 
@@ -19,9 +20,9 @@ class RawPeer:
         self.socket.connect(f"tcp://{address}")
 
     def ask(self, message: m.Message, number: int) -> m.Message:
-        self.socket.send(m.encode(message, number))
+        self.socket.send(codec.encode(message, number))
         assert self.socket.poll(10_000)
-        reply, answered = m.decode(self.socket.recv_multipart()[0])
+        reply, answered = codec.decode(self.socket.recv_multipart()[0])
         assert answered == number
         return reply
 

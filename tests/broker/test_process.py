@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.main import check_bind, check_questions, serve
+from broker.fitness import check_bind, check_questions
+from broker.main import serve
 from common.errors import UserError
 from common.keys import make_keys
 from common.messages import Hello, StatusQuery, Stop
@@ -62,7 +63,7 @@ def test_an_address_that_names_nobody_is_refused(tmp_path: Path, section: str, h
 
 
 def test_weights_must_reach_as_far_as_the_broker(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^weights\.bind: '127\.0\.0\.1' is not reached"):
+    with pytest.raises(UserError, match=r"^weights\.bind: '127\.0\.0\.1' is unreachable"):
         check_bind(scripted_recipe(tmp_path, broker={"bind": "10.1.2.3", "keys": tmp_path}))
 
 

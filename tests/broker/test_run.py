@@ -52,7 +52,13 @@ def test_a_run_trains_on_each_question_once(
     trained = [key for step in learner.history for key in step]
     assert sorted(trained) == sorted(f"0:{i}" for i in range(40))
     assert all(len(step) == 4 for step in learner.history)
-    ages = [b.step - header.min_version for b in learner.batches for header in b.groups]
+    ages = [
+        batch.step - version
+        for batch in learner.batches
+        for header in batch.groups
+        for response in header.responses
+        for version, _ in response.versions
+    ]
     assert max(ages) <= staleness
     end = list(read_spool(recipe.folder / "metrics.jsonl"))[-1]
     assert end.kind == "end"

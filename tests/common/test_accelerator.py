@@ -41,7 +41,7 @@ def test_a_cpu_build_is_right_where_none_is(monkeypatch, device, gpus) -> None:
 def test_a_driver_too_old_is_named_with_the_one_needed(monkeypatch) -> None:
     machine(monkeypatch, ["0"], "13.0")
     require_gpu_build("auto")  # what the driver can do is vLLM's to say
-    with pytest.raises(UserError, match=r"CUDA 13\.0 .* R580 or newer, and here is 550\.54\.15\.$"):
+    with pytest.raises(UserError, match=r"CUDA 13\.0 .* R580 or newer, and here is 550\.54\.15$"):
         require_gpu("auto")
     machine(monkeypatch, ["0"], "13.0", usable=True)
     require_gpu("auto")

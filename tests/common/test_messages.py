@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import codec
 from common import messages as m
 
 RESPONSE = m.ResponseHeader(tokens=4, reward=1.0, verdict="correct", finish="stop", versions=[(0, 3), (1, 1)])
@@ -20,15 +21,15 @@ HEADER = m.GroupHeader(
 )
 
 
-def packed(kind: str, body: object, protocol: object = m.PROTOCOL, request: object = 1) -> bytes:
+def packed(kind: str, body: object, protocol: object = codec.PROTOCOL, request: object = 1) -> bytes:
     return msgpack.packb([protocol, kind, request, body])
 
 
 def test_round_trip_of_a_group() -> None:
-    message, request = m.decode(m.encode(m.Publish(header=HEADER), 7))
+    message, request = codec.decode(codec.encode(m.Publish(header=HEADER), 7))
     assert (message, request) == (m.Publish(header=HEADER), 7)
     assert isinstance(message.header.group, m.GroupId)
-    assert (HEADER.min_version, HEADER.max_version, HEADER.response_tokens) == (0, 1, 8)
+    assert HEADER.response_tokens == 8
     assert HEADER.payload_sizes == (20, 32, 32)
 
 
@@ -63,46 +64,39 @@ def test_kinds_are_unique_and_complete() -> None:
 )
 def test_malformed_frames_are_refused_with_the_reason(frame: bytes, reason: str) -> None:
     with pytest.raises(m.MalformedMessage, match=reason):
-        m.decode(frame)
+        codec.decode(frame)
 
 
 def test_versions_must_cover_the_tokens() -> None:
     body = msgspec.to_builtins(m.Publish(header=HEADER))
     body["header"]["responses"][0]["versions"] = [(0, 3)]
     with pytest.raises(m.MalformedMessage, match="do not add up"):
-        m.decode(packed("publish", body))
+        codec.decode(packed("publish", body))
     body["header"]["responses"][0]["versions"] = [(0, 4), (1, 0)]
     with pytest.raises(m.MalformedMessage, match="expected `int` >= 1"):
-        m.decode(packed("publish", body))
-
-
-def test_payload_sizes_are_checked() -> None:
-    m.check_payload(HEADER, [bytes(20), bytes(32), bytes(32)])
-    for payload in ([bytes(20), bytes(32)], [bytes(20), bytes(32), bytes(28)], []):
-        with pytest.raises(m.MalformedMessage, match="payload"):
-            m.check_payload(HEADER, payload)
+        codec.decode(packed("publish", body))
 
 
 def test_a_count_that_is_not_there_allocates_nothing() -> None:
     """A list that claims four thousand million elements in eight bytes is refused before a list is made."""
-    claimed = msgpack.packb([m.PROTOCOL, "fetch", 1])[1:] + b"\x81\xa6groups\xdd\xff\xff\xff\xff"
+    claimed = msgpack.packb([codec.PROTOCOL, "fetch", 1])[1:] + b"\x81\xa6groups\xdd\xff\xff\xff\xff"
     tracemalloc.start()
     with pytest.raises(m.MalformedMessage, match="not msgpack"):
-        m.decode(b"\x94" + claimed)
+        codec.decode(b"\x94" + claimed)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 
 
 def test_numbers_of_numpy_travel_as_numbers() -> None:
     commit = m.Commit(step=np.int64(2), version=3, metrics={"loss": np.float32(0.5)})
-    message, _ = m.decode(m.encode(commit, 1))
+    message, _ = codec.decode(codec.encode(commit, 1))
     assert message == m.Commit(step=2, version=3, metrics={"loss": 0.5})
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_crash_the_decoder(frame: bytes) -> None:
     try:
-        m.decode(frame)
+        codec.decode(frame)
     except m.MalformedMessage as error:
         assert str(error)
 
@@ -122,7 +116,7 @@ ANY = st.recursive(
 @given(st.sampled_from(sorted(m.Message.kinds)), ANY)
 def test_no_body_crashes_the_decoder(kind: str, body: object) -> None:
     try:
-        message, _ = m.decode(packed(kind, body))
+        message, _ = codec.decode(packed(kind, body))
     except m.MalformedMessage as error:
         assert str(error)
     else:

@@ -33,7 +33,12 @@ def test_defaults_are_table_6(minimal: Path) -> None:
     assert (r.learner.max_grad_norm, r.learner.schedule, r.algorithm.epochs) == (1.0, "constant", 1)
     assert (r.algorithm.kl_beta, r.algorithm.kl_in_reward, r.algorithm.preset) == (0.0, 0.0, "dr_grpo")
     assert r.normaliser == 3000.0
+    assert r.sequences_leased == 256 + 32
     assert r.learner.critic_lr == 9e-6
+
+
+def test_a_whole_group_waits_even_for_a_few_slots(minimal: Path) -> None:
+    assert load_recipe(minimal, ["actor.max_sequences=16"]).sequences_leased == 16 + 8
 
 
 def test_name_defaults_to_the_file(minimal: Path) -> None:
@@ -96,16 +101,16 @@ def test_extends_itself_is_refused(tmp_path: Path) -> None:
         ("algorithm.preset='drgrpo'", ["algorithm.preset", "dr_grpo"]),
         ("batch.zero_variance='refill' algorithm.preset='ppo'", ["ppo", "batch.zero_variance"]),
         ("batch.zero_variance='refill' algorithm.advantage='none'", ["'none'", "batch.zero_variance"]),
-        ("learner.lrr=1 nothing.x=1", ["learner.lrr: unknown key", "also unknown: nothing."]),
+        ("learner.lrr=1 nothing.x=1", ["learner.lrr: unknown key", "also unknown: nothing"]),
         (
             "run.steps=0 learner.lr=-1",
-            ["run.steps: must be greater than 0 (given: 0); also wrong: learner.lr."],
+            ["run.steps: must be greater than 0 (given: 0); also wrong: learner.lr"],
         ),
         ("eval.sets=a", ['eval.sets: must be a list such as ["a", "b"] (given: \'a\')']),
         ("data.levels=3", ["data.levels: must be a list such as [1, 2]"]),
         ("learner.betas=[0.9]", ["learner.betas: must be a list such as [0.9, 0.95] (given: [0.9])"]),
         ("learner.betas=['x',0.9]", ["learner.betas: entry 1 must be a number"]),
-        ("learner.betas=[2,3]", ["learner.betas: entry 1 must be less than 1 (given: 2)."]),
+        ("learner.betas=[2,3]", ["learner.betas: entry 1 must be less than 1 (given: 2)"]),
         ("run.steps=99999999999999999999999", ["run.steps: must be at most 1000000000 ("]),
         ("run.seed=99999999999999999999", ["run.seed: must be at most"]),
         ("broker.dead_after_s=1e300", ["broker.dead_after_s: must be at most"]),
@@ -166,14 +171,14 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("demoo", "there is no recipe 'demoo'; did you mean 'demo'?"),
-        ("./nope-at-all.toml", "the file 'nope-at-all.toml' does not exist."),
+        ("./nope-at-all.toml", "the file 'nope-at-all.toml' does not exist"),
         ("recipes/demoo.toml", "the file 'recipes/demoo.toml' does not exist; did you mean 'demo'?"),
         (
             "runs/demo",
-            "'runs/demo' is a folder, not a recipe; that of the run in it is 'runs/demo/recipe.toml'.",
+            "'runs/demo' is a folder, not a recipe; that of the run in it is 'runs/demo/recipe.toml'",
         ),
-        ("runs", "'runs' is a folder, not a recipe."),
-        ("mine.txt", "'mine.txt' is no recipe: the name of a TOML file ends in '.toml'."),
+        ("runs", "'runs' is a folder, not a recipe"),
+        ("mine.txt", "'mine.txt' is no recipe: the name of a TOML file ends in '.toml'"),
         ("mine", "extends: there is no recipe 'pape'; did you mean 'paper'? (in mine.toml)"),
     ],
 )

@@ -71,7 +71,6 @@ def test_a_worker_without_progress_falls_silent(manager, monkeypatch):
 def test_pings_are_not_sent_before_they_are_due(manager, monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", str(3600 * 10**6))
     watchdog = Watchdog()
-    assert watchdog.every_s == 900
     assert [watchdog.beat() for _ in range(3)] == [True, False, False]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import zmq
 
+from common import codec, wire
 from common import messages as m
-from common import wire
+from common.software import software_version
 
 HELLO = m.Hello(role="observer", peer="p", software="test", host="h", pid=1)
 Handler = Callable[[m.Message, list[bytes]], tuple[m.Message, list[bytes]] | None]
@@ -40,11 +42,11 @@ class TinyBroker(threading.Thread):
             if not self.socket.poll(20):
                 continue
             identity, header, *payload = self.socket.recv_multipart()
-            message, request = m.decode(header)
+            message, request = codec.decode(header)
             self.seen.append(message)
             answer = self.handler(message, payload)
             if answer is not None:
-                self.socket.send_multipart([identity, m.encode(answer[0], request), *answer[1]])
+                self.socket.send_multipart([identity, codec.encode(answer[0], request), *answer[1]])
         self.socket.close()
 
 
@@ -96,9 +98,9 @@ def test_a_late_answer_is_an_answer(start: Callable[[Handler], TinyBroker]) -> N
             while not self.ending.is_set():
                 if self.socket.poll(20):
                     identity, header = self.socket.recv_multipart()
-                    numbers.append(m.decode(header)[1])
+                    numbers.append(codec.decode(header)[1])
                     if len(numbers) == 2:
-                        self.socket.send_multipart([identity, m.encode(m.Ack(), numbers[0])])
+                        self.socket.send_multipart([identity, codec.encode(m.Ack(), numbers[0])])
             self.socket.close()
 
     broker = Late(lambda message, payload: None)
@@ -280,3 +282,10 @@ def test_a_broker_that_is_not_announced_yet_is_waited_for(
             client.close()
 
     assert asyncio.run(ask()) == m.Ack()
+
+
+def test_a_hello_says_who_we_are_unless_told_otherwise() -> None:
+    ours = wire.hello("observer", "eye", run="r")
+    assert (ours.role, ours.peer, ours.run) == ("observer", "eye", "r")
+    assert (ours.software, ours.host, ours.pid) == (software_version(), socket.gethostname(), os.getpid())
+    assert wire.hello("learner", "learner", pid=7).pid == 7

@@ -71,7 +71,7 @@ def refused(recipe: Path, *settings: str) -> str:
         (["batch.questions_per_step=1000000"], ["data.train", "batch.questions_per_step"]),
         (["broker.bind='10.0.0.1'"], ["broker.bind", "broker.keys"]),
         (["broker.bind='0.0.0.0'"], ["broker.bind: name the one address"]),
-        (["broker.bind='10.0.0.1'", "broker.keys='keys'"], ["weights.bind: '127.0.0.1' is not reached"]),
+        (["broker.bind='10.0.0.1'", "broker.keys='keys'"], ["weights.bind: '127.0.0.1' is unreachable"]),
         (["actor.tensor_parallel=3"], ["actor.tensor_parallel", "3"]),
         (["tracking.uri='localhost:5000'"], ["tracking.uri", "http://localhost:5000"]),
     ],

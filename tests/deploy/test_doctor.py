@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from common.errors import UserError
 from common.keys import make_keys
+from common.ports import free_port
 from common.recipe import load_recipe
 from deploy.doctor import host_checks, network_checks
 from deploy.doctoring import machine, network, services, software
@@ -207,7 +208,7 @@ def test_nobody_to_meet_is_a_problem_in_time():
 
 
 def test_two_hosts_meet():
-    address = f"127.0.0.1:{network._free_port('127.0.0.1')}"
+    address = f"127.0.0.1:{free_port()}"
     answers: list[Finding] = []
     listener = threading.Thread(
         target=lambda: answers.append(only(network.check_peer(address, None, "lo", "gloo", timeout_s=30)))

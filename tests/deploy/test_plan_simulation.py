@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.rollout import Limits
 from common.recipe import Recipe
 from deploy.planning.rates import Rates, sequence_seconds
-from deploy.planning.simulate import Outcome, sequences_leased, simulate
+from deploy.planning.simulate import Outcome, simulate
 from deploy.planning.workload import LogNormal, Recorded, Workload
 
 RATES = Rates(decode_s=0.004, sequence_s=0.0005, train_token_s=1e-4, train_fixed_s=0.02, push_s=0.05)
@@ -191,12 +190,6 @@ def test_an_evaluation_pins_the_weights_of_its_actor() -> None:
     free = simulate(recipe(), RATES, constant(20))
     assert busy.step_s > free.step_s
     assert busy.staleness_mean >= free.staleness_mean
-
-
-@given(st.integers(1, 600), st.integers(1, 32))
-def test_the_simulated_actor_leases_as_the_real_one(slots: int, group: int) -> None:
-    real = Limits(sequences=slots, group_size=group, prompt_tokens=1, max_staleness=0)
-    assert sequences_leased(slots, group) == real.sequences_leased
 
 
 def test_a_rate_that_the_decode_step_forbids() -> None:

@@ -56,7 +56,7 @@ def test_a_broker_that_refuses_is_quoted_without_a_second_prefix(tmp_path: Path)
     (tmp_path / "broker.log").write_text("error: --replay: the journal cannot be read.\n")
     with pytest.raises(UserError) as seen:
         _wait(SimpleNamespace(poll=lambda: 2), tmp_path)
-    assert str(seen.value) == "--replay: the journal cannot be read."
+    assert str(seen.value) == "--replay: the journal cannot be read"
 
 
 def test_what_is_replayed_and_where_is_said(

@@ -16,19 +16,8 @@ from typing import Any
 import numpy as np
 import zmq
 
-from common.messages import (
-    Ack,
-    Assignment,
-    EvalJob,
-    Grant,
-    GroupId,
-    Message,
-    Publish,
-    Pulse,
-    Welcome,
-    decode,
-    encode,
-)
+from common.codec import decode, encode
+from common.messages import Ack, Assignment, EvalJob, Grant, GroupId, Message, Publish, Pulse, Welcome
 
 EOS = 0
 PATIENCE_S = 120.0

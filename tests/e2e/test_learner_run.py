@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
+from common.ports import free_port
 from deploy.watch import ask_status
-from learner.ranks import free_port
 from tests.e2e.learner_world import (
     final_status,
     learner_recipe,

@@ -7,19 +7,9 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
+from common.codec import decode, encode
 from common.errors import RunFailedError
-from common.messages import (
-    Ack,
-    Heartbeat,
-    Message,
-    Pin,
-    Pulse,
-    Refused,
-    Status,
-    StatusQuery,
-    decode,
-    encode,
-)
+from common.messages import Ack, Heartbeat, Message, Pin, Pulse, Refused, Status, StatusQuery
 from common.wire import BrokerUnreachable, RefusedError, Reply
 from learner.link import BrokerLink
 from tests.scripted.wait import until

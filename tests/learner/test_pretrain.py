@@ -17,7 +17,7 @@ from common.tasks.templates import get_template
 from deploy.pretrain import pretrain as pretrain_command
 from learner import pretrain as stage
 from learner.pretraining.probe import accuracy, by_family, probe
-from learner.pretraining.trainer import schedule
+from learner.schedule import lr_factor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY / "recipes" / "pretrain-minimath-base.toml"
@@ -153,7 +153,7 @@ def test_mistakes_are_refused_before_training(override: str, message: str, tmp_p
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
-    factors = [schedule(step, 10, 100) for step in range(100)]
+    factors = [lr_factor("cosine", 10, 100)(step) for step in range(100)]
     assert factors[:11] == sorted(factors[:11])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert max(factors) == 1.0

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import tiny_lm
 
 from common.errors import UserError
+from common.ports import free_port
 from common.weights import Snapshot
-from learner.ranks import free_port
 from learner.snapshot import take_snapshot
 
 RANK_PROGRAM = Path(__file__).with_name("snapshot_rank.py")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from common.ports import free_port
 from tests.deploy.dashboards import expressions
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
@@ -28,13 +28,6 @@ needs_prometheus = pytest.mark.skipif(
 pytestmark = [pytest.mark.slurm, needs_prometheus]
 SERVICE_UNAVAILABLE = 503
 SCRIPTED = ("slipstream_learner", "slipstream_eval", "slipstream_telemetry")
-
-
-def free_port() -> int:
-    """A TCP port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_more_cores_than_a_node_has(cluster: Cluster, shared: Path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--partition", "gpu"], "--partition: there is no partition 'gpu'; there are: main, small."),
+        (["--partition", "gpu"], "--partition: there is no partition 'gpu'; there are: main, small"),
         (
             ["--partition", "main", "--actor-partition", "spot"],
             "--actor-partition: there is no partition 'spot'",

@@ -54,7 +54,7 @@ class Scratchpad:
     def div(self, a: Number, b: Number) -> Number:
         return self._operate(a, "/", b, Fraction(a) / Fraction(b) if b else 0)
 
-    def split(self, a: int, m: int) -> tuple[int, int]:
+    def split(self, a: Number, m: Number) -> tuple[Number, Number]:
         """Division with remainder, one line `17=3*5+2`; returns (quotient, remainder)."""
         quotient, rest = divmod(a, m) if m else (0, a)
         rest = self._maybe_slip(rest)

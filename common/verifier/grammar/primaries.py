@@ -73,10 +73,10 @@ class Primaries(Commands):
             fraction = Node("div", (self.tex_argument(), self.tex_argument()))
         elif (
             self.kind() == "number"
-            and self.peek().spaced
+            and self.peek().spaced  # type: ignore[union-attr]  # there is one: its kind is known
             and self.kind(1) == "/"
             and self.kind(2) == "number"
-        ):  # type: ignore[union-attr]
+        ):
             above, below = self.tokens[self.at], self.tokens[self.at + 2]
             self.at += 3
             fraction = Node(

@@ -10,18 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from common.errors import UserError
 from common.recipe import load_recipe, resolved_toml
+from common.recipe.load import RECIPES
 from common.recipe.presets import PRESETS
-from common.recipe.schema import AlgorithmSection
+from common.recipe.schema import AlgorithmSection, Recipe
 from learner.objective import objective_of
 from learner.objectives import Objective, ResponseTokens, StepSize, TokenMetrics, preset
 from learner.objectives.aggregation import AGGREGATIONS
 from learner.objectives.corrections import CORRECTIONS
 from learner.objectives.kl import KL_ESTIMATORS
 from learner.objectives.losses import LOSSES
-from learner.objectives.objective import ADVANTAGES, ANCHORS
+from learner.objectives.objective import ADVANTAGES, ANCHORS, BOUNDS, OF_GAE
 from learner.packing import pack, plan_micro_batches
 
 NAMES = sorted(PRESETS)
@@ -242,7 +244,6 @@ def test_ablations_are_the_four_corners(name, advantage, aggregation):
         ({"aggregation": "x"}, "algorithm.aggregation: .*constant"),
         ({"kl_estimator": "x"}, "algorithm.kl_estimator: .*k2, k3"),
         ({"correction": "tis"}, "algorithm.correction: .*proximal"),
-        ({"loss": "gspo", "dual_clip": 3.0}, "algorithm.dual_clip"),
         ({"dual_clip": 1.1}, r"algorithm.dual_clip: must lie above .* 1\.2"),
         ({"normaliser": 0}, "algorithm.normaliser"),
         ({"clip_low": 1.5}, "algorithm.clip_low"),
@@ -256,6 +257,56 @@ def test_ablations_are_the_four_corners(name, advantage, aggregation):
 def test_bad_settings_are_refused_by_name(settings, message):
     with pytest.raises(UserError, match=message):
         Objective(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "because"),
+    [
+        ({"loss": "reinforce", "clip_low": 0.1}, "loss = 'reinforce'"),
+        ({"loss": "reinforce", "clip_high": 0.1}, "loss = 'reinforce'"),
+        ({"loss": "gspo", "dual_clip": 3.0}, "loss = 'gspo'"),
+        ({"correction_cap": 2.0}, "correction = 'none'"),
+        ({"anchor": "proximal", "correction": "m2po", "correction_cap": 2.0}, "correction = 'm2po'"),
+        ({"anchor": "proximal", "correction": "m2po", "correction_floor": 0.0}, "correction = 'm2po'"),
+        ({"second_moment": 0.1}, "correction = 'none'"),
+        ({"kl_estimator": "k2", "kl_in_reward": 0.1}, "kl_beta = 0"),
+        ({"gamma": 0.9}, "advantage = 'dr_grpo'"),
+        ({"lam": 0.9}, "advantage = 'dr_grpo'"),
+        ({"value_clip": 0.5}, "advantage = 'dr_grpo'"),
+        ({"value_coefficient": 0.5}, "advantage = 'dr_grpo'"),
+        ({"aggregation": "token_mean", "normaliser": 50.0}, "aggregation = 'token_mean'"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(settings, because):
+    unread = {
+        "clip_low",
+        "clip_high",
+        "dual_clip",
+        *BOUNDS,
+        "second_moment",
+        "kl_estimator",
+        *OF_GAE,
+        "normaliser",
+    }
+    (name,) = unread & settings.keys()
+    recipe = Recipe(model={"path": "m"}, data={"train": "demo"}, algorithm=settings)
+    with pytest.raises(
+        UserError, match=f"algorithm.{name}: has no effect with algorithm.{because}: leave it out"
+    ):
+        objective_of(recipe)
+
+
+@pytest.mark.parametrize("setting", ["gamma", "lam"])
+def test_a_recipe_refuses_a_discount_above_one(setting):
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        AlgorithmSection(preset="ppo", **{setting: 1.5})
+
+
+def test_every_shipped_recipe_has_an_objective():
+    shipped = [path for path in RECIPES.glob("*.toml") if not path.stem.startswith(("zoo-", "pretrain-"))]
+    assert len(shipped) > 20
+    for path in shipped:
+        objective_of(load_recipe(path))
 
 
 def test_unknown_preset_lists_the_valid_ones():
