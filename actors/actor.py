@@ -52,7 +52,11 @@ class Actor:
     def __init__(
         self, engine: Engine, recipe: Recipe, wire: AsyncClient, name: str, welcome: Welcome
     ) -> None:
-        template = get_template(recipe.data.template, model=recipe.model.path)
+        template = get_template(
+            recipe.data.template,
+            model=recipe.model.path,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
         self._engine, self._recipe = engine, recipe
         self._policy, self._meters, self._telemetry = Policy(), Meters(), Telemetry()
         self._grader = VerifierPool.from_recipe(recipe, template)
