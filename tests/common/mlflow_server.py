@@ -8,10 +8,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+
+from tests.scripted.wait import until
 
 START_S = 240.0
 
@@ -42,11 +43,14 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        deadline = time.monotonic() + START_S
-        while not self._answers():
-            assert self._process.poll() is None, (self._folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "mlflow server does not answer"
-            time.sleep(0.2)
+        log = (self._folder / "server.log").read_text
+
+        def answers() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, log()
+            return self._answers()
+
+        until(answers, log, START_S, every=0.2)
 
     def _answers(self) -> bool:
         try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from learner.outcome import FILE, kept_outcome, read_outcome
+from tests.scripted.wait import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARENT = (
@@ -62,10 +62,7 @@ def start(folder: Path, mode: str) -> subprocess.Popen:
 
 
 def until_started(folder: Path) -> None:
-    deadline = time.monotonic() + 120.0
-    while not all((folder / f"started-{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < deadline, (folder / "log").read_text()
-        time.sleep(0.05)
+    until(lambda: all((folder / f"started-{rank}").exists() for rank in range(2)), (folder / "log").read_text)
 
 
 @pytest.mark.parametrize(("mode", "code"), [("mismatch", 4), ("crash", 1)])
@@ -90,7 +87,7 @@ def test_nobody_outlives_the_parent(tmp_path: Path) -> None:
     assert len(family) == 3, "torchrun and two ranks"
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=20.0)
+    _, alive = psutil.wait_procs(family, timeout=60.0)
     assert not alive
 
 

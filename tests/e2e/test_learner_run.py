@@ -26,18 +26,14 @@ from tests.e2e.learner_world import (
 )
 from tests.learner.tiny import tiny_lm
 from tests.scripted.broker import running_broker, wait_for_broker
+from tests.scripted.wait import until
 
 pytestmark = pytest.mark.e2e
 PATIENCE_S = 180.0
 
 
 def wait_until_step(recipe, step: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if step in train_points(recipe):
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"step {step} was never committed")
+    until(lambda: step in train_points(recipe), f"step {step} is committed", PATIENCE_S)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -105,10 +101,7 @@ def test_stopped_while_it_loads_it_leaves_without_a_checkpoint(tmp_path: Path) -
     with running_broker(recipe) as address:
         learner = start_learner(address, log)
         try:
-            deadline = time.monotonic() + PATIENCE_S
-            while not ask_status(address, None)["peers"].get("learner"):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            until(lambda: ask_status(address, None)["peers"].get("learner"), "it has joined", PATIENCE_S)
             learner.send_signal(signal.SIGTERM)
             assert learner.wait(60.0) == 0, log.read_text()
             assert ask_status(address, None)["peers"]["learner"]["farewell"].startswith(

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 
 from common.errors import UserError
 from common.verifier import Outcome, Verdict, VerifierPool, load_reward
+from tests.scripted.wait import alive, until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -164,18 +164,8 @@ def test_workers_die_with_a_killed_parent_and_import_no_engine(tmp_path: Path) -
     assert len(children) >= 2
     parent.kill()
     parent.wait()
-    patience = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) and _alive(pid) for pid in children) and time.monotonic() < patience:
-        time.sleep(0.05)
-    assert not [pid for pid in children if psutil.pid_exists(pid) and _alive(pid)]
+    until(lambda: not alive(children))
     assert not (tmp_path / "mark.reimported").exists()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_importing_the_verifier_imports_no_engine() -> None:
