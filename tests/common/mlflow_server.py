@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import urllib.request
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
+from tests.scripted.ports import reserved_port
 from tests.scripted.wait import until
 
 START_S = 240.0
-
-
-def free_port() -> int:
-    """A TCP port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class MlflowServer:
@@ -29,7 +23,8 @@ class MlflowServer:
 
     def __init__(self, folder: Path) -> None:
         self.database, self._folder = folder / "mlflow.db", folder
-        self.port = free_port()
+        self._reserved = ExitStack()  # or another takes the port while the server is away
+        self.port = self._reserved.enter_context(reserved_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
 
@@ -69,6 +64,11 @@ class MlflowServer:
         if self._process is not None and self._process.poll() is None:
             self.signal(signal.SIGKILL)
             self._process.wait()
+
+    def close(self) -> None:
+        """Kill it and give its port free."""
+        self.kill()
+        self._reserved.close()
 
     def sql(self, statement: str) -> list[tuple]:
         """Run a statement in the database, behind the server's back."""
