@@ -58,10 +58,9 @@ def load_deepspeed() -> Any:
 
     Left out, it saves seconds of every start: its shared-memory collective (only for inference) would be compiled
     by the first start on CPU, its autotuner imports mlflow, and its Muon optimizer wraps functions in
-    torch.compile when ZeRO is set up, which loads the whole compiler.
+    torch.compile when ZeRO is set up, which loads the whole compiler. Said again at each call: another library may
+    have imported it first (accelerate does, to save a model), and then the collective would be compiled after all.
     """
-    if "deepspeed" in sys.modules:
-        return sys.modules["deepspeed"]
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import; must not be set on GPU nodes
     # torch announces the next names of collectives at each use of today's.
@@ -175,21 +174,23 @@ def start_ranks(timeout_s: float, master_port: int = 0) -> Ranks:
         UserError: the environment names several ranks but not where they meet, or this rank sees no GPU of its own.
     """
     alone = launched_world() == 1
+    if not alone:
+        die_with_parent()  # a killed torchrun leaves no orphans
+        missing = [name for name in _LAUNCHED if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"the environment of rank {os.environ['RANK']} lacks {', '.join(missing)}: "
+                "start the ranks with torchrun.",
+                setting="learner.ranks",
+            )
+    deepspeed = load_deepspeed()  # seconds, after which a port that was free before may be taken
     if alone:
         os.environ.update(_alone(master_port))
-    else:
-        die_with_parent()  # a killed torchrun leaves no orphans
-    missing = [name for name in _LAUNCHED if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"the environment of rank {os.environ['RANK']} lacks {', '.join(missing)}: start the ranks with torchrun.",
-            setting="learner.ranks",
-        )
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _device(local)
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    load_deepspeed().init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
     if world == 1:
         return Ranks(rank, world, device)
     main, feed = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.tracking.spool import read_spool
 from tests.scripted.broker import scripted_recipe
+from tests.scripted.wait import until
 
 STEPS, PER_STEP = 24, 4
 KILLS = 4 * ["broker", "learner", "actor-0", "actor-1", "all"]
@@ -48,11 +49,8 @@ class Fleet:
         self._recipe.write_text(recipe.model_copy(update={"broker": fixed}).model_dump_json())
 
     def _await_address(self) -> str:
-        end = time.monotonic() + PATIENCE_S
         path = self.run_folder / "broker.json"
-        while not path.exists():
-            assert time.monotonic() < end, self.tail()
-            time.sleep(0.02)
+        until(path.exists, self.tail, PATIENCE_S)
         return json.loads(path.read_text())["address"]
 
     def start(self, name: str) -> None:
@@ -103,10 +101,10 @@ def test_twenty_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path)
     try:
         for number, target in enumerate(kills):
-            wait_until(lambda number=number: fleet.steps_done() >= number, fleet)
+            until(lambda number=number: fleet.steps_done() >= number, fleet.tail, PATIENCE_S)
             time.sleep(random.random() * 0.1)
             fleet.kill(target)
-        wait_until(lambda: fleet.processes["broker"].poll() is not None, fleet)
+        until(lambda: fleet.processes["broker"].poll() is not None, fleet.tail, PATIENCE_S)
         assert fleet.processes["broker"].returncode == 0, fleet.tail()
     finally:
         fleet.end()
@@ -120,10 +118,3 @@ def test_twenty_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     assert end.values["final"]["step"] == STEPS
     assert end.values["final"]["ledger"]["sum_ok"]
     assert end.values["final"]["ledger"]["consumed"] == STEPS * PER_STEP
-
-
-def wait_until(condition: object, fleet: Fleet) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, fleet.tail()
-        time.sleep(0.02)

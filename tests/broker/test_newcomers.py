@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker.main import serve
+from common import wire
 from common.errors import UserError
 from common.messages import Drain, Goodbye, Heartbeat, Hello, Lease, Pulse, StatusQuery
 from common.software import compatible
@@ -28,7 +30,7 @@ def refusal(address: str, who: Hello) -> RefusedError:
     client = Client(address, who)
     try:
         with pytest.raises(RefusedError) as caught:
-            client.connect(10.0)
+            client.connect(60.0)
         return caught.value
     finally:
         client.close()
@@ -37,7 +39,7 @@ def refusal(address: str, who: Hello) -> RefusedError:
 def status(address: str) -> dict:
     client = Client(address, hello("eye", "observer"))
     try:
-        return client.request(StatusQuery(), timeout_s=10.0).message.status
+        return client.request(StatusQuery(), timeout_s=60.0).message.status
     finally:
         client.close()
 
@@ -75,7 +77,7 @@ def test_which_versions_may_meet(one: str, other: str, meet: bool) -> None:
 def test_another_tokenizer_is_refused_whoever_comes_first(tmp_path: Path, first: str, second: str) -> None:
     with running_broker(scripted_recipe(tmp_path)) as address:
         client = Client(address, hello("one", first, tokenizer="a" * 64))
-        client.connect(10.0)
+        client.connect(60.0)
         refused = refusal(address, hello("two", second, tokenizer="b" * 64, host="node7"))
         assert refused.code == "incompatible"
         assert str(refused) == (
@@ -85,19 +87,22 @@ def test_another_tokenizer_is_refused_whoever_comes_first(tmp_path: Path, first:
         client.close()
 
 
-def test_two_actors_of_one_name_do_not_throw_each_other_out(tmp_path: Path) -> None:
+def test_two_actors_of_one_name_do_not_throw_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In containers both may be process 1. The second is told, and the first keeps its leases."""
+    monkeypatch.setattr(wire, "PREDECESSOR_S", 1.0)
     with running_broker(
         scripted_recipe(tmp_path, broker={"heartbeat_s": 60.0, "dead_after_s": 200.0})
     ) as address:
         first = Client(address, hello("actor-0", host="node7", pid=1, process="a"))
-        first.connect(10.0)
-        granted = first.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=10.0).message
+        first.connect(60.0)
+        granted = first.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=60.0).message
         second = Client(address, hello("actor-0", host="node8", pid=1, process="b"))
         with pytest.raises(
             RefusedError, match=r"'actor-0' is in the run \(process 1 on node7.*another --name"
         ):
-            second.connect(1.5)
+            second.connect(60.0)
         assert beat(first).command == "run"
         assert status(address)["leases"]["count"] == len(granted.groups) == 2
         first.close()
@@ -108,11 +113,11 @@ def test_an_actor_that_was_restarted_is_let_in_once_its_predecessor_is_silent(tm
     recipe = scripted_recipe(tmp_path, broker={"heartbeat_s": 0.3, "dead_after_s": 200.0, "max_attempts": 2})
     with running_broker(recipe) as address:
         first = Client(address, hello("actor-0", pid=1, process="a"))
-        first.connect(10.0)
-        first.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=10.0)
+        first.connect(60.0)
+        first.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=60.0)
         first.close()
         second = Client(address, hello("actor-0", pid=1, process="b"))
-        second.connect(30.0)
+        second.connect(60.0)
         second.close()
         questions = status(address)["ledger"]["questions"]
         assert (questions["pending_again"], questions["given_up"]) == (2, 0)
@@ -123,8 +128,8 @@ def test_a_question_that_kills_every_actor_is_given_up_however_fast_they_come_ba
     with running_broker(recipe) as address:
         for process in ("a", "b", "c"):
             client = Client(address, hello("actor-0", pid=1, process=process))
-            client.connect(30.0)
-            client.request(Lease(capacity=1, version=0, era=0, wait_s=0.0), timeout_s=10.0)
+            client.connect(60.0)
+            client.request(Lease(capacity=1, version=0, era=0, wait_s=0.0), timeout_s=60.0)
             client.close()
         assert status(address)["ledger"]["questions"]["given_up"] == 1
 
@@ -133,16 +138,15 @@ def test_a_clock_that_is_off_is_said_once_and_costs_no_lease(tmp_path: Path) -> 
     recipe = scripted_recipe(tmp_path, broker={"lease_s": 30.0})
     with running_broker(recipe) as address:
         client = Client(address, hello("actor-0", host="node7"))
-        client.connect(10.0)
-        granted = client.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=10.0).message
+        client.connect(60.0)
+        granted = client.request(Lease(capacity=2, version=0, era=0, wait_s=0.0), timeout_s=60.0).message
         held = [assignment.group for assignment in granted.groups]
         for _ in range(3):
             beat = Heartbeat(state="generating", leases=held, time=time.time() - 312.0)
-            client.request(beat, timeout_s=10.0)
+            client.request(beat, timeout_s=60.0)
         (warning,) = warnings(address)
-        assert (
-            "the clock of actor-0 on node7 is 312 s behind the broker's: leases are not affected" in warning
-        )
+        said = r"the clock of actor-0 on node7 is 31\d s behind the broker's: leases are not affected"
+        assert re.search(said, warning), "312 s, and what the message took"
         assert status(address)["leases"]["count"] == len(held) == 2
         client.close()
 
@@ -150,8 +154,8 @@ def test_a_clock_that_is_off_is_said_once_and_costs_no_lease(tmp_path: Path) -> 
 def test_a_clock_that_is_a_little_off_is_not_worth_a_word(tmp_path: Path) -> None:
     with running_broker(scripted_recipe(tmp_path)) as address:
         client = Client(address, hello("actor-0"))
-        client.connect(10.0)
-        client.request(Heartbeat(state="generating", time=time.time() + 20.0), timeout_s=10.0)
+        client.connect(60.0)
+        client.request(Heartbeat(state="generating", time=time.time() + 20.0), timeout_s=60.0)
         assert warnings(address) == []
         client.close()
 
@@ -169,7 +173,7 @@ def test_two_brokers_of_one_run(tmp_path: Path) -> None:
 
 
 def beat(client: Client) -> Pulse:
-    pulse = client.request(Heartbeat(state="generating"), timeout_s=10.0).message
+    pulse = client.request(Heartbeat(state="generating"), timeout_s=60.0).message
     assert isinstance(pulse, Pulse)
     return pulse
 
@@ -178,27 +182,27 @@ def test_who_is_sent_away_is_told_to_drain_until_it_has_left(tmp_path: Path) -> 
     with running_broker(scripted_recipe(tmp_path)) as address:
         clients = [Client(address, hello(name)) for name in ("a", "b")]
         for client in clients:
-            client.connect(10.0)
+            client.connect(60.0)
         person = Client(address, hello("person", "observer"))
-        person.request(Drain(actors=["b"], reason="fewer"), timeout_s=10.0)
+        person.request(Drain(actors=["b"], reason="fewer"), timeout_s=60.0)
         assert [(beat(client).command, beat(client).reason) for client in clients] == [
             ("run", None),
             ("drain", "fewer"),
         ]
-        clients[1].request(Goodbye(reason="leaving"), timeout_s=10.0)
-        clients[1].connect(10.0)
+        clients[1].request(Goodbye(reason="leaving"), timeout_s=60.0)
+        clients[1].connect(60.0)
         assert beat(clients[1]).command == "run", "who comes back was not sent away for ever"
         with pytest.raises(RefusedError, match="no actor of this run is called c"):
-            person.request(Drain(actors=["a", "c"], reason="fewer"), timeout_s=10.0)
+            person.request(Drain(actors=["a", "c"], reason="fewer"), timeout_s=60.0)
         assert beat(clients[0]).command == "run", "nothing is done by halves"
 
 
 def test_the_learner_hears_which_actors_are_in_the_run(tmp_path: Path) -> None:
     with running_broker(scripted_recipe(tmp_path)) as address:
         actor, learner = Client(address, hello("a")), Client(address, hello("l", "learner"))
-        actor.connect(10.0)
-        learner.connect(10.0)
+        actor.connect(60.0)
+        learner.connect(60.0)
         assert beat(learner).actors == ["a"]
         assert beat(actor).actors is None, "nobody else needs a thousand names at each heartbeat"
-        actor.request(Goodbye(reason="leaving"), timeout_s=10.0)
+        actor.request(Goodbye(reason="leaving"), timeout_s=60.0)
         assert beat(learner).actors == []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from broker import ending
 from broker.fitness import check_bind, check_questions
 from broker.main import serve
 from common.errors import UserError
@@ -31,7 +32,7 @@ def observer(address: str, keys: Path | None = None) -> Client:
 
 
 def status_of(client: Client) -> dict:
-    return client.request(StatusQuery(), timeout_s=10.0).message.status
+    return client.request(StatusQuery(), timeout_s=60.0).message.status
 
 
 def start(worker: ScriptedActor | ScriptedLearner) -> threading.Thread:
@@ -138,11 +139,12 @@ def test_without_a_learner_actors_idle_and_memory_stays(tmp_path: Path) -> None:
         assert after["queue"]["store_bytes"] == size
         client.request(Stop(reason="test over"))
         for thread in threads:
-            thread.join(10.0)
+            thread.join(60.0)
             assert not thread.is_alive()
 
 
-def test_stop_ends_actors_then_learner_then_broker(tmp_path: Path) -> None:
+def test_stop_ends_actors_then_learner_then_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "STOP_S", 1000.0)  # nobody is given up: all leave by themselves
     recipe = scripted_recipe(tmp_path, run={"steps": 1000}, data={"max_epochs": 100})
     with running_broker(recipe) as address:
         actor, learner = ScriptedActor(address, "actor"), ScriptedLearner(address, tmp_path / "c.json")
@@ -150,7 +152,7 @@ def test_stop_ends_actors_then_learner_then_broker(tmp_path: Path) -> None:
         until(lambda: len(learner.history) > 2)
         observer(address).request(Stop(reason="Ctrl-C"))
         for thread in threads:
-            thread.join(9.0)
+            thread.join(60.0)
             assert not thread.is_alive()
     assert json.loads((tmp_path / "c.json").read_text()) == learner.history, (
         "the learner wrote its last checkpoint"
@@ -184,8 +186,8 @@ def test_a_full_disk_stops_the_intake_and_it_resumes(tmp_path: Path) -> None:
         assert len(learner.history) < 10
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
         for thread in threads:
-            thread.join(30.0)
-        assert process.wait(20.0) == 0
+            thread.join(60.0)
+        assert process.wait(60.0) == 0
     finally:
         process.kill()
         process.wait()
@@ -206,7 +208,7 @@ def test_with_keys_only_their_holders_join(tmp_path: Path) -> None:
         learner = ScriptedLearner(address, tmp_path / "c.json", keys=tmp_path / "keys")
         threads = [start(actor), start(learner)]
         for thread in threads:
-            thread.join(20.0)
+            thread.join(60.0)
             assert not thread.is_alive()
         stranger.close()
     assert len(learner.history) == 2
@@ -230,4 +232,4 @@ def test_the_metrics_page_shows_the_ledger(tmp_path: Path) -> None:
         assert "slipstream_ack_seconds_bucket" in text
         assert "slipstream_lease_age_seconds_bucket" in text
         observer(address).request(Stop(reason="test over"))
-        thread.join(10.0)
+        thread.join(60.0)

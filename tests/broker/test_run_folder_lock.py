@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from broker import run_folder
 from broker.run_folder import Claim, is_served
 from common.errors import UserError
 
@@ -23,8 +24,9 @@ def test_a_folder_that_is_served(tmp_path: Path) -> None:
         claim.release()
 
 
-def test_who_only_asks_keeps_no_broker_out(tmp_path: Path) -> None:
+def test_who_only_asks_keeps_no_broker_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking takes the lock for an instant, together with others who ask."""
+    monkeypatch.setattr(run_folder, "PROBE_S", 60.0)
     Claim(tmp_path, resume=True).release()
     asking = os.open(tmp_path / "broker.lock", os.O_RDONLY)
     fcntl.flock(asking, fcntl.LOCK_SH)

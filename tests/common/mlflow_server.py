@@ -7,12 +7,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
-from common.ports import free_port
+from tests.scripted.ports import reserved_port
+from tests.scripted.wait import until
 
 START_S = 240.0
 
@@ -22,7 +23,8 @@ class MlflowServer:
 
     def __init__(self, folder: Path) -> None:
         self.database, self._folder = folder / "mlflow.db", folder
-        self.port = free_port()
+        self._reserved = ExitStack()  # or another takes the port while the server is away
+        self.port = self._reserved.enter_context(reserved_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
 
@@ -36,11 +38,14 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        deadline = time.monotonic() + START_S
-        while not self._answers():
-            assert self._process.poll() is None, (self._folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "mlflow server does not answer"
-            time.sleep(0.2)
+        log = (self._folder / "server.log").read_text
+
+        def answers() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, log()
+            return self._answers()
+
+        until(answers, log, START_S, every=0.2)
 
     def _answers(self) -> bool:
         try:
@@ -59,6 +64,11 @@ class MlflowServer:
         if self._process is not None and self._process.poll() is None:
             self.signal(signal.SIGKILL)
             self._process.wait()
+
+    def close(self) -> None:
+        """Kill it and give its port free."""
+        self.kill()
+        self._reserved.close()
 
     def sql(self, statement: str) -> list[tuple]:
         """Run a statement in the database, behind the server's back."""

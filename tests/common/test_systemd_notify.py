@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -14,7 +15,7 @@ def manager(tmp_path, monkeypatch):
     """systemd's end of NOTIFY_SOCKET."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
-        listener.settimeout(5)
+        listener.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         yield listener
 
@@ -37,8 +38,9 @@ def test_ready_reaches_the_manager(manager):
 
 def test_abstract_socket_names_work(monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind("\0slipstream-test-notify")
-        monkeypatch.setenv("NOTIFY_SOCKET", "@slipstream-test-notify")
+        name = f"slipstream-test-notify-{os.getpid()}"
+        listener.bind(f"\0{name}")
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
         notify_ready()
         assert received(listener) == ["READY=1"]
 

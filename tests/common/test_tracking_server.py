@@ -32,6 +32,7 @@ from tests.scripted.wait import until
 pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 180.0
+BEHIND_S = 10.0  # what is delivered within it counts as caught up; the end of a test compares every point
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
     try:
         yield server
     finally:
-        server.kill()
+        server.close()
 
 
 def a_recipe(folder: Path, uri: str, steps: int) -> Recipe:
@@ -71,7 +72,7 @@ class ScriptedRun:
 
     def caught_up(self) -> bool:
         tracking = ask_status(self.address, None, timeout_s=60.0)["tracking"]
-        return tracking["error"] is None and tracking["seconds_behind"] < 3
+        return tracking["error"] is None and tracking["seconds_behind"] < BEHIND_S
 
     def says_behind(self, monkeypatch: pytest.MonkeyPatch) -> bool:
         """What a person sees, on the screen and in line mode."""
@@ -87,7 +88,7 @@ class ScriptedRun:
 
 @contextmanager
 def running(recipe: Recipe, tracker: list[str], step_s: float) -> Iterator[ScriptedRun]:
-    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
     with running_broker(recipe) as address:
         peers = [
             ScriptedActor(address, "actor-0", group_s=0.001),
@@ -103,7 +104,7 @@ def running(recipe: Recipe, tracker: list[str], step_s: float) -> Iterator[Scrip
         finally:
             for peer, thread in zip(peers, threads, strict=True):
                 peer.stop()
-                thread.join(10.0)
+                thread.join(60.0)
             if process.poll() is None:
                 process.kill()
 

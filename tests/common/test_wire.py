@@ -16,6 +16,7 @@ import zmq
 from common import codec, wire
 from common import messages as m
 from common.software import software_version
+from tests.scripted.ports import reserved_port
 
 HELLO = m.Hello(role="observer", peer="p", software="test", host="h", pid=1)
 Handler = Callable[[m.Message, list[bytes]], tuple[m.Message, list[bytes]] | None]
@@ -66,29 +67,34 @@ def start() -> Iterator[Callable[[Handler], TinyBroker]]:
         broker.join()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _short_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that lose something. On a busy machine a request is then sent again though nothing was lost."""
     monkeypatch.setattr(wire, "ATTEMPT_S", 0.2)
+
+
+losing = pytest.mark.usefixtures("_short_attempts")
 
 
 def test_request_and_payload_come_back(start: Callable[[Handler], TinyBroker]) -> None:
     broker = start(lambda message, payload: (m.Ack(reason="hi"), [*payload, b"more"]))
     client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
-    reply = client.request(m.Goodbye(reason="x"), [b"abc"], timeout_s=5)
+    reply = client.request(m.Goodbye(reason="x"), [b"abc"], timeout_s=60)
     assert reply.message == m.Ack(reason="hi")
     assert [bytes(buffer) for buffer in reply.payload] == [b"abc", b"more"]
     client.close()
 
 
+@losing
 def test_lost_answer_is_asked_for_again(start: Callable[[Handler], TinyBroker]) -> None:
-    calls = iter([None, None, (m.Ack(), [])])
-    broker = start(lambda message, payload: next(calls))
+    broker = start(lambda message, payload: (m.Ack(), []) if len(broker.seen) > 2 else None)
     client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
-    assert client.request(m.Goodbye(reason="x"), timeout_s=10).message == m.Ack()
-    assert len(broker.seen) == 3
+    assert client.request(m.Goodbye(reason="x"), timeout_s=60).message == m.Ack()
+    assert len(broker.seen) >= 3
     client.close()
 
 
+@losing
 def test_a_late_answer_is_an_answer(start: Callable[[Handler], TinyBroker]) -> None:
     """Answered only when asked again: the answer to the first attempt must count, under its number."""
     numbers: list[int] = []
@@ -99,15 +105,16 @@ def test_a_late_answer_is_an_answer(start: Callable[[Handler], TinyBroker]) -> N
                 if self.socket.poll(20):
                     identity, header = self.socket.recv_multipart()
                     numbers.append(codec.decode(header)[1])
-                    if len(numbers) == 2:
+                    if len(numbers) >= 2:
                         self.socket.send_multipart([identity, codec.encode(m.Ack(), numbers[0])])
             self.socket.close()
 
     broker = Late(lambda message, payload: None)
     broker.start()
     client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
-    assert client.request(m.Goodbye(reason="x"), timeout_s=10).message == m.Ack()
-    assert numbers == [numbers[0]] * 2
+    assert client.request(m.Goodbye(reason="x"), timeout_s=60).message == m.Ack()
+    assert len(numbers) >= 2
+    assert set(numbers) == {numbers[0]}
     client.close()
     broker.ending.set()
     broker.join()
@@ -124,7 +131,7 @@ def test_unknown_peer_says_hello_and_sends_again(start: Callable[[Handler], Tiny
 
     broker = start(handler)
     client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
-    assert client.request(m.Goodbye(reason="x"), timeout_s=5).message == m.Ack(reason="done")
+    assert client.request(m.Goodbye(reason="x"), timeout_s=60).message == m.Ack(reason="done")
     assert [message.kind for message in broker.seen] == ["goodbye", "hello", "goodbye"]
     client.close()
 
@@ -133,7 +140,7 @@ def test_refusal_raises_with_code_and_reason(start: Callable[[Handler], TinyBrok
     broker = start(lambda message, payload: (m.Refused(code="full", reason="no room"), []))
     client = wire.Client(f"127.0.0.1:{broker.port}", HELLO)
     with pytest.raises(wire.RefusedError, match="no room") as caught:
-        client.request(m.Goodbye(reason="x"), timeout_s=5)
+        client.request(m.Goodbye(reason="x"), timeout_s=60)
     assert caught.value.code == "full"
     client.close()
 
@@ -145,6 +152,7 @@ def test_nobody_there_is_said_in_time() -> None:
     client.close()
 
 
+@losing
 def test_async_requests_are_answered_out_of_order(start: Callable[[Handler], TinyBroker]) -> None:
     lost: list[m.Message] = []
 
@@ -159,7 +167,7 @@ def test_async_requests_are_answered_out_of_order(start: Callable[[Handler], Tin
     async def many() -> list[str | None]:
         client = wire.AsyncClient(f"127.0.0.1:{broker.port}", HELLO)
         replies = await asyncio.gather(
-            *(client.request(m.Goodbye(reason=str(i)), [b"%d" % i], timeout_s=10) for i in range(50))
+            *(client.request(m.Goodbye(reason=str(i)), [b"%d" % i], timeout_s=60) for i in range(50))
         )
         assert [bytes(reply.payload[0]) for reply in replies] == [b"%d" % i for i in range(50)]
         client.close()
@@ -191,9 +199,9 @@ def test_async_hello_is_said_again_until_the_predecessor_is_gone(
     async def ask() -> m.Message:
         client = wire.AsyncClient(f"127.0.0.1:{broker.port}", HELLO)
         try:
-            welcome = (await client.request(client.hello, timeout_s=10)).message
+            welcome = (await client.request(client.hello, timeout_s=60)).message
             with pytest.raises(wire.RefusedError, match="never"):
-                await client.request(client.hello, timeout_s=10)
+                await client.request(client.hello, timeout_s=60)
             return welcome
         finally:
             client.close()
@@ -202,32 +210,32 @@ def test_async_hello_is_said_again_until_the_predecessor_is_gone(
     assert {message.process for message in broker.seen} == {wire.PROCESS}, "one for all of a process"
 
 
-def unused_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """One on which nobody listens yet."""
+    with reserved_port() as number:
+        yield number
 
 
+@losing
 def test_what_was_asked_while_the_broker_was_away_is_not_delivered_later(
-    start: Callable[..., TinyBroker],
+    start: Callable[..., TinyBroker], port: int
 ) -> None:
     """A hundred actors, a minute of outage: the broker would be busy with requests that nobody waits for."""
-    port = unused_port()
     client = wire.Client(f"127.0.0.1:{port}", HELLO)
     for _ in range(3):
         with pytest.raises(wire.BrokerUnreachable):
             client.request(m.Goodbye(reason="old"), timeout_s=0.5)
     broker = start(lambda message, payload: (m.Ack(), []), port)
-    client.request(m.Goodbye(reason="new"), timeout_s=20)
+    client.request(m.Goodbye(reason="new"), timeout_s=60)
     assert {message.reason for message in broker.seen} == {"new"}
     client.close()
 
 
+@losing
 def test_what_was_asked_while_the_broker_was_away_is_not_delivered_later_async(
-    start: Callable[..., TinyBroker],
+    start: Callable[..., TinyBroker], port: int
 ) -> None:
-    port = unused_port()
-
     async def ask() -> TinyBroker:
         client = wire.AsyncClient(f"127.0.0.1:{port}", HELLO)
         old = (client.request(m.Goodbye(reason="old"), timeout_s=0.5) for _ in range(5))
@@ -236,7 +244,7 @@ def test_what_was_asked_while_the_broker_was_away_is_not_delivered_later_async(
             for error in await asyncio.gather(*old, return_exceptions=True)
         )
         broker = start(lambda message, payload: (m.Ack(), []), port)
-        await client.request(m.Goodbye(reason="new"), timeout_s=20)
+        await client.request(m.Goodbye(reason="new"), timeout_s=60)
         client.close()
         return broker
 
@@ -247,27 +255,27 @@ def announce(path: Path, broker: TinyBroker) -> None:
     path.write_text(json.dumps({"address": f"127.0.0.1:{broker.port}"}))
 
 
+@losing
 def test_a_broker_that_comes_back_elsewhere_is_followed(
-    start: Callable[[Handler], TinyBroker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[[Handler], TinyBroker], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(wire, "ATTEMPT_S", 0.2)
     file = tmp_path / "broker.json"
-    first, second = (start(lambda message, payload: (m.Ack(reason=str(message)), [])) for _ in range(2))
+    first, second = (start(lambda message, payload: (m.Ack(), [])) for _ in range(2))
     announce(file, first)
     client = wire.Client(wire.from_file(file), HELLO)
-    client.request(m.Goodbye(reason="a"), timeout_s=10)
+    client.request(m.Goodbye(reason="a"), timeout_s=60)
     first.ending.set()
     first.join()
     announce(file, second)
-    client.request(m.Goodbye(reason="b"), timeout_s=10)
-    assert (len(first.seen), len(second.seen)) == (1, 1)
+    client.request(m.Goodbye(reason="b"), timeout_s=60)
+    assert [{message.reason for message in broker.seen} for broker in (first, second)] == [{"a"}, {"b"}]
     client.close()
 
 
+@losing
 def test_a_broker_that_is_not_announced_yet_is_waited_for(
-    start: Callable[[Handler], TinyBroker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[[Handler], TinyBroker], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(wire, "ATTEMPT_S", 0.2)
     file = tmp_path / "broker.json"
     broker = start(lambda message, payload: (m.Ack(), []))
 
@@ -277,7 +285,7 @@ def test_a_broker_that_is_not_announced_yet_is_waited_for(
             with pytest.raises(wire.BrokerUnreachable):
                 await client.request(m.Goodbye(reason="too early"), timeout_s=0.3)
             announce(file, broker)
-            return (await client.request(m.Goodbye(reason="x"), timeout_s=10)).message
+            return (await client.request(m.Goodbye(reason="x"), timeout_s=60)).message
         finally:
             client.close()
 

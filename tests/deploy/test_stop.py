@@ -23,6 +23,7 @@ from deploy.stop import stop
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
 from tests.scripted.learner import ScriptedLearner
+from tests.scripted.wait import until
 
 app = typer.Typer()
 app.command()(stop)
@@ -51,7 +52,7 @@ def test_the_verb_stops_a_run_and_its_last_checkpoint_is_waited_for(
         done = CliRunner().invoke(app, ["--join", address])
         assert (done.exit_code, "writes a checkpoint" in done.output) == (0, True)
         for thread in threads:
-            thread.join(30.0)
+            thread.join(60.0)
             assert not thread.is_alive()
     assert json.loads((tmp_path / "c.json").read_text()) == workers[1].history
     end = json.loads((recipe.folder / "metrics.jsonl").read_text().splitlines()[-1])["values"]
@@ -98,13 +99,6 @@ class FakeDisplay:
 
     def broker_silent_s(self) -> float:
         return 0.0
-
-
-def until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30.0
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
+from common import stacks
 from deploy.launch import supervisor as sv
 from deploy.launch.layout import Share
 from deploy.run import Silence
+from tests.scripted.wait import alive, until
 
 
 def worker(
@@ -30,11 +31,8 @@ def worker(
     )
 
 
-def watch(supervisor: sv.Supervisor, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while supervisor.poll():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def watch(supervisor: sv.Supervisor) -> None:
+    until(lambda: not supervisor.poll(), "the run is over")
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +52,12 @@ def test_crashed_worker_is_started_again_with_its_second_command(tmp_path: Path)
     crash = worker(tmp_path, "learner", "raise ValueError('boom')", again="import time; time.sleep(60)")
     supervisor = sv.Supervisor([crash], 3, events.append)
     supervisor.start()
-    while not (crash.process and crash.restarts == 1 and crash.process.poll() is None):
+
+    def runs_again() -> bool:
         assert supervisor.poll()
-        time.sleep(0.02)
+        return bool(crash.process and crash.restarts == 1 and crash.process.poll() is None)
+
+    until(runs_again)
     assert "learner died (exit code 1: ValueError: boom); starting it again" in events[0]
     supervisor.end(term_s=1.0)
     assert crash.process.poll() is not None
@@ -86,18 +87,17 @@ def test_stuck_grandchildren_are_killed(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, signal, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, 1); time.sleep(99)'])\n"
-        "print(child.pid, flush=True)\n"
+        "code = 'import os, signal, time; signal.signal(15, 1); print(os.getpid(), flush=True); time.sleep(99)'\n"
+        "subprocess.Popen([sys.executable, '-c', code])\n"
         "time.sleep(99)\n"
     )
     stuck = worker(tmp_path, "actor-0", code)
     supervisor = sv.Supervisor([stuck], 3, print)
     supervisor.start()
-    while not stuck.log.read_text().strip():
-        time.sleep(0.02)
+    until(lambda: stuck.log.read_text().strip(), "both ignore SIGTERM")
     grandchild = int(stuck.log.read_text().split()[0])
     supervisor.end(term_s=0.3)
-    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    until(lambda: not alive([grandchild]))
 
 
 def test_workers_die_with_a_killed_supervisor(tmp_path: Path) -> None:
@@ -122,17 +122,18 @@ def test_workers_die_with_a_killed_supervisor(tmp_path: Path) -> None:
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    assert psutil.pid_exists(child)
+    assert alive([child])
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not alive([child]))
 
 
-def test_a_silent_broker_has_everybodys_stacks_written(tmp_path: Path) -> None:
+def test_a_silent_broker_has_everybodys_stacks_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the launcher does when its broker no longer answers: each worker is asked by signal."""
+    monkeypatch.setattr(stacks, "of_family", partial(stacks.of_family, answer_s=60.0))
+    monkeypatch.setattr(stacks, "WRITTEN_S", 1.0)
     code = (
         "import threading\nfrom common import stacks\nstacks.arm()\n"
         "def held_for_ever():\n    lock = threading.Lock(); lock.acquire(); print('held', flush=True); lock.acquire()\n"
@@ -140,10 +141,8 @@ def test_a_silent_broker_has_everybodys_stacks_written(tmp_path: Path) -> None:
     )
     supervisor = sv.Supervisor([worker(tmp_path, "broker", code), worker(tmp_path, "done", "pass")], 0, print)
     supervisor.start()
-    deadline = time.monotonic() + 20
-    while "held" not in (tmp_path / "broker.log").read_text() or supervisor.workers[1].process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: "held" in (tmp_path / "broker.log").read_text(), "the broker hangs")
+    until(lambda: supervisor.workers[1].process.poll() is not None, "the other is done")
     prefix = supervisor.keep_stacks(tmp_path / "stacks")
     assert "held_for_ever" in Path(f"{prefix}-broker.txt").read_text()
     assert [path.name for path in prefix.parent.iterdir()] == [f"{prefix.name}-broker.txt"]

@@ -18,6 +18,7 @@ import zmq
 
 from common.codec import decode, encode
 from common.messages import Ack, Assignment, EvalJob, Grant, GroupId, Message, Publish, Pulse, Welcome
+from tests.scripted import wait
 
 EOS = 0
 PATIENCE_S = 120.0
@@ -229,24 +230,14 @@ def until(
     condition: Callable[[], Any], actor: ActorProcess | None = None, seconds: float = PATIENCE_S
 ) -> None:
     """Wait for a condition; a dead actor or too long a wait fails the test with the actor's log."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        dead = actor is not None and actor.process.poll() is not None
-        if dead or time.monotonic() > deadline:
-            log = actor.log.read_text(errors="replace")[-6000:] if actor else ""
-            raise AssertionError(f"{'the actor died' if dead else 'waited too long'}\n{log}")
-        time.sleep(0.01)
 
+    def log() -> str:
+        return actor.log.read_text(errors="replace")[-6000:] if actor else ""
 
-def alive(pids: set[int]) -> set[int]:
-    """Those of `pids` that still run (a zombie does not)."""
-    import psutil
+    def happened() -> bool:
+        if condition():
+            return True
+        assert actor is None or actor.process.poll() is None, f"the actor died\n{log()}"
+        return False
 
-    running = set()
-    for pid in pids:
-        try:
-            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                running.add(pid)
-        except psutil.NoSuchProcess:
-            continue
-    return running
+    wait.until(happened, log, seconds, every=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,16 +56,17 @@ def start_broker(recipe: Recipe, folder: Path, *, resume: bool = False) -> subpr
 
 
 @contextmanager
-def scripted_actor(address: str) -> Iterator[ScriptedActor]:
-    """An actor in a thread, until it is told to stop or the block ends."""
+def scripted_actor(address: str, limit: float = math.inf) -> Iterator[ScriptedActor]:
+    """An actor in a thread, until it is told to stop or the block ends; it publishes `limit` groups at first."""
     actor = ScriptedActor(address, "actor-0")
+    actor.limit = limit
     thread = threading.Thread(target=actor.run, daemon=True)
     thread.start()
     try:
         yield actor
     finally:
         actor.stop()
-        thread.join(10.0)
+        thread.join(60.0)
 
 
 def train_points(recipe: Recipe) -> dict[int, dict[str, Any]]:

@@ -26,6 +26,7 @@ from common.tasks import minimath
 from common.tasks.templates import get_template
 from common.wire import AsyncClient
 from deploy.folder import wait_for_address
+from tests.scripted.wait import until
 
 QUESTIONS = 24
 GREEDY = Sampling(0.0, 48)
@@ -129,15 +130,19 @@ def main() -> None:
     broker = subprocess.Popen(
         [*command, "broker", sys.argv[1]], stdout=logs["broker"], stderr=subprocess.STDOUT
     )
-    while not (recipe.folder / "recipe.toml").exists():
+
+    def prepared() -> bool:
         assert broker.poll() is None
-    address = wait_for_address(recipe.folder, 60.0)["address"]
+        return (recipe.folder / "recipe.toml").exists()
+
+    until(prepared, "the broker prepares its folder")
+    address = wait_for_address(recipe.folder, 120.0)["address"]
     learner = subprocess.Popen(
         [*command, "learner", "--join", address], stdout=logs["learner"], stderr=subprocess.STDOUT
     )
     found = asyncio.run(act(engine, recipe, address))
-    assert learner.wait(60) == 0
-    assert broker.wait(90) == 0
+    assert learner.wait(180) == 0
+    assert broker.wait(180) == 0
     engine.shutdown()
     export = max((recipe.folder / "checkpoints").glob("*/hf"), key=lambda path: path.stat().st_mtime)
     fresh = Engine(**engine_arguments(recipe, "fresh") | {"model": str(export)})

@@ -137,7 +137,7 @@ def token_logprobs(model: torch.nn.Module, response: Response, temperature: floa
     return logits.log_softmax(-1).gather(-1, torch.tensor(response.tokens)[:, None])[:, 0]
 
 
-async def until(condition, timeout: float = 60.0) -> None:
+async def until(condition, timeout: float = 240.0) -> None:
     """Waits for a condition; a failure here is a failure of the test, with its stack."""
     async with asyncio.timeout(timeout):
         while not condition():  # noqa: ASYNC110 - conditions of other processes

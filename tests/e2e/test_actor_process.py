@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from actor_world import EOS, ActorProcess, ScriptedBroker, alive, small_recipe, until, write_policy
+from actor_world import EOS, ActorProcess, ScriptedBroker, small_recipe, until, write_policy
 
 from common.errors import EXIT_RESTART, EXIT_RUN_FAILED
 from common.messages import Ack, EvalJob, EvalQuestion, Refused
 from deploy.launch.supervisor import first_error
+from tests.scripted.wait import alive
 
 pytestmark = pytest.mark.e2e
 
@@ -59,9 +60,9 @@ def test_publishes_what_was_sampled_through_an_outage_and_leaves_in_order(world,
     check_hello_and_heartbeats(broker)
     family = actor.family()
     actor.process.terminate()
-    assert actor.wait(30) == 0
+    assert actor.wait() == 0
     assert broker.received["goodbye"][-1].reason == "leaving"
-    until(lambda: not alive(family), seconds=10)
+    until(lambda: not alive(family))
     noise = ("terminate called", "Exception ignored", "nanobind", "Traceback")
     assert not [line for line in actor.log.read_text().splitlines() if any(word in line for word in noise)]
 
@@ -150,7 +151,7 @@ def test_killed_or_stopped_it_leaves_no_process(world, policy, tmp_path):
 
     actor.process.send_signal(signal.SIGKILL)
     actor.wait()
-    until(lambda: not alive(family), seconds=10)
+    until(lambda: not alive(family))
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_second_signal_ends_a_drain_and_reaches_the_engine(world):
     os.killpg(actor.process.pid, signal.SIGTERM)  # as a launcher does: the engine must not hear it
     until(lambda: any(beat.state == "draining" for beat in broker.received["heartbeat"]), actor)
     os.killpg(actor.process.pid, signal.SIGTERM)
-    assert actor.wait(5) == 0
-    until(lambda: not alive(family), seconds=10)
+    assert actor.wait() == 0
+    until(lambda: not alive(family))
     assert broker.received["goodbye"][-1].reason == "leaving"
 
 
@@ -180,6 +181,6 @@ def test_a_dead_engine_hands_back_the_leases_and_asks_for_a_restart(world):
     family = actor.family()
 
     os.kill(engine_of(actor), signal.SIGKILL)
-    assert actor.wait(30) == EXIT_RESTART
+    assert actor.wait() == EXIT_RESTART
     assert broker.received["goodbye"][-1].reason == "leaving"
-    until(lambda: not alive(family), seconds=10)
+    until(lambda: not alive(family))

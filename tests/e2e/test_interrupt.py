@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.scripted.wait import alive, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -56,16 +57,18 @@ def step_of(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if '"kind": "learner"' in line), default=-1)
 
 
-def until(happened: Callable[[], bool], folder: Path, launcher: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not happened():
-        assert launcher.poll() is None, (folder.parent / "out.txt").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def until_while_it_runs(happened: Callable[[], bool], folder: Path, launcher: subprocess.Popen) -> None:
+    output = (folder.parent / "out.txt").read_text
+
+    def so() -> bool:
+        assert launcher.poll() is None, output()
+        return happened()
+
+    until(so, output, seconds=200, every=0.1)
 
 
 def until_step(folder: Path, step: int, launcher: subprocess.Popen) -> None:
-    until(lambda: step_of(folder) >= step, folder, launcher)
+    until_while_it_runs(lambda: step_of(folder) >= step, folder, launcher)
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -87,13 +90,12 @@ def test_ctrl_c_with_a_stuck_actor_then_resume(tmp_path: Path) -> None:
     children = family(launcher.pid)
     stuck = next(child for child in children if "actor-0" in child.cmdline())
     stuck.send_signal(signal.SIGSTOP)  # from here on the run cannot end by itself
-    until(lambda: mlflow_run(folder) is not None, folder, launcher)
+    until_while_it_runs(lambda: mlflow_run(folder) is not None, folder, launcher)
     children = family(launcher.pid)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(90) == 130, (tmp_path / "out.txt").read_text()
-    gone, alive = psutil.wait_procs(children, timeout=2)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    assert len(gone) >= 3
+    assert launcher.wait(180) == 130, (tmp_path / "out.txt").read_text()
+    until(lambda: not alive(child.pid for child in children), "no process is left")
+    assert len(children) >= 3
     done = step_of(folder)
     assert done < STEPS - 1, "the run must have been interrupted"
     saved = json.loads((folder / "checkpoints" / "latest.json").read_text())["step"]

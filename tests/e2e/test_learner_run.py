@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import time
@@ -13,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
-from common.ports import free_port
 from deploy.watch import ask_status
 from tests.e2e.learner_world import (
     final_status,
@@ -26,18 +26,16 @@ from tests.e2e.learner_world import (
 )
 from tests.learner.tiny import tiny_lm
 from tests.scripted.broker import running_broker, wait_for_broker
+from tests.scripted.ports import reserved_port
+from tests.scripted.wait import alive, until
 
 pytestmark = pytest.mark.e2e
 PATIENCE_S = 180.0
+PER_STEP = 4
 
 
 def wait_until_step(recipe, step: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if step in train_points(recipe):
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"step {step} was never committed")
+    until(lambda: step in train_points(recipe), f"step {step} is committed", PATIENCE_S)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -77,17 +75,19 @@ def test_terminated_it_saves_and_killed_it_continues(tmp_path: Path) -> None:
     """SIGTERM: checkpoint, exit 0. SIGKILL: the next one starts from the last checkpoint. Nothing trained twice."""
     recipe = learner_recipe(tmp_path, run={"steps": 12}, batch={"max_staleness": 2})
     log = tmp_path / "learner.log"
-    with running_broker(recipe) as address, scripted_actor(address):
+    with running_broker(recipe) as address, scripted_actor(address, limit=5 * PER_STEP) as actor:
         learner = start_learner(address, log)
         try:
             wait_until_step(recipe, 1)
             learner.send_signal(signal.SIGTERM)
-            assert learner.wait(30.0) == 0, log.read_text()
+            assert learner.wait(PATIENCE_S) == 0, log.read_text()
             saved = pointer(recipe)["step"]
             assert saved >= 2
+            actor.limit = 10 * PER_STEP
             learner = start_learner(address, log, resume=True)
             wait_until_step(recipe, saved)
             end(learner)
+            actor.limit = math.inf
             learner = start_learner(address, log, resume=True)
             assert learner.wait(PATIENCE_S) == 0, log.read_text()
         finally:
@@ -96,7 +96,7 @@ def test_terminated_it_saves_and_killed_it_continues(tmp_path: Path) -> None:
     assert sorted(train_points(recipe)) == list(range(12))
     status = final_status(recipe)
     assert status["ledger"]["sum_ok"]
-    assert status["ledger"]["consumed"] == 12 * 4
+    assert status["ledger"]["consumed"] == 12 * PER_STEP
 
 
 def test_stopped_while_it_loads_it_leaves_without_a_checkpoint(tmp_path: Path) -> None:
@@ -105,12 +105,9 @@ def test_stopped_while_it_loads_it_leaves_without_a_checkpoint(tmp_path: Path) -
     with running_broker(recipe) as address:
         learner = start_learner(address, log)
         try:
-            deadline = time.monotonic() + PATIENCE_S
-            while not ask_status(address, None)["peers"].get("learner"):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            until(lambda: ask_status(address, None)["peers"].get("learner"), "it has joined", PATIENCE_S)
             learner.send_signal(signal.SIGTERM)
-            assert learner.wait(60.0) == 0, log.read_text()
+            assert learner.wait(PATIENCE_S) == 0, log.read_text()
             assert ask_status(address, None)["peers"]["learner"]["farewell"].startswith(
                 "left: stopped before"
             )
@@ -122,23 +119,29 @@ def test_stopped_while_it_loads_it_leaves_without_a_checkpoint(tmp_path: Path) -
 
 def test_a_killed_broker_is_waited_for(tmp_path: Path) -> None:
     """The broker dies by SIGKILL and comes back: the same learner process goes on, nothing is trained twice."""
+    with reserved_port() as port:
+        _train_past_a_killed_broker(tmp_path, port)
+
+
+def _train_past_a_killed_broker(tmp_path: Path, port: int) -> None:
     recipe = learner_recipe(
         tmp_path,
         run={"steps": 10},
-        broker={"durability": "journal", "port": free_port(), "dead_after_s": 30.0},
+        broker={"durability": "journal", "port": port, "dead_after_s": 60.0},
     )
     log = tmp_path / "learner.log"
     broker = start_broker(recipe, tmp_path)
     address = wait_for_broker(recipe.folder)
-    with scripted_actor(address):
+    with scripted_actor(address, limit=5 * PER_STEP) as actor:
         learner = start_learner(address, log)
         try:
             wait_until_step(recipe, 1)
             end(broker)
             time.sleep(2.0)  # long enough for requests to go unanswered
             broker = start_broker(recipe, tmp_path, resume=True)
+            actor.limit = math.inf
             assert learner.wait(PATIENCE_S) == 0, log.read_text()
-            assert broker.wait(30.0) == 0
+            assert broker.wait(PATIENCE_S) == 0
         finally:
             end(learner)
             end(broker)
@@ -182,23 +185,24 @@ def test_two_ranks_train_and_stop_together(tmp_path: Path, stage: int) -> None:
     """SIGTERM reaches all ranks, which agree on one last step; then two ranks go on, and die with their parent."""
     recipe = learner_recipe(tmp_path, run={"steps": 12}, learner={"ranks": 2, "zero_stage": stage})
     log = tmp_path / "learner.log"
-    with running_broker(recipe) as address, scripted_actor(address):
+    with running_broker(recipe) as address, scripted_actor(address, limit=5 * PER_STEP) as actor:
         learner = start_learner(address, log, ranks=2)
         try:
             wait_until_step(recipe, 1)
             learner.send_signal(signal.SIGTERM)
-            assert learner.wait(60.0) == 0, log.read_text()
+            assert learner.wait(PATIENCE_S) == 0, log.read_text()
             saved = pointer(recipe)["step"]
             assert saved >= 2, log.read_text()
+            actor.limit = 10 * PER_STEP
             learner = start_learner(address, log, ranks=2, resume=True)
             wait_until_step(recipe, saved)
             family = psutil.Process(learner.pid).children(recursive=True)
             assert len(family) == 3, "torchrun and two ranks"
             end(learner)
-            _, alive = psutil.wait_procs(family, timeout=10.0)
-            assert not alive
+            until(lambda: not alive(member.pid for member in family), "the ranks die with their parent")
+            actor.limit = math.inf
             learner = start_learner(address, log, ranks=2, resume=True)
             assert learner.wait(PATIENCE_S) == 0, log.read_text()
         finally:
             end(learner)
-    assert final_status(recipe)["ledger"]["consumed"] == 12 * 4
+    assert final_status(recipe)["ledger"]["consumed"] == 12 * PER_STEP

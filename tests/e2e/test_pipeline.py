@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=300,
+            timeout=540,
             check=False,
         )
     logs = "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
@@ -144,7 +144,7 @@ def test_a_replay_of_the_record_trains_the_same_weights(run: tuple[Path, dict]) 
     command = [sys.executable, "-m", "deploy", "learner", "--replay", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, timeout=180, capture_output=True, text=True, check=False
+        command, cwd=REPOSITORY, env=environment, timeout=540, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     replayed = folder.with_name(f"{folder.name}-replay-1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ from test_interrupt import family, start, step_of, until_step
 
 from deploy.folder import read_address
 from deploy.watch import ask_status
+from tests.scripted.wait import alive, until
 
 HELPERS = ("multiprocessing.spawn", "multiprocessing.resource_tracker")
 
@@ -44,10 +44,12 @@ def test_a_frozen_engine_is_found_by_its_stacks(tmp_path: Path, request: pytest.
         files = folder.glob(f"stacks/{found[-1].name.removesuffix('-actor-0.txt')}-*.txt") if found else []
         return {path.stem.split("-", 2)[2]: path.read_text() for path in files}
 
-    deadline = time.monotonic() + 300
-    while "run_busy_loop" not in kept().get("actor-0", "") or len(kept()) < 3:
-        assert time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
-        time.sleep(0.5)
+    until(
+        lambda: "run_busy_loop" in kept().get("actor-0", "") and len(kept()) >= 3,
+        (tmp_path / "out.txt").read_text,
+        seconds=300,
+        every=0.5,
+    )
     texts = kept()
     assert set(texts) == {"broker", "learner", "actor-0"}
     assert "track_run" in texts["broker"], "the tracker is a child of the broker's"
@@ -63,5 +65,5 @@ def test_a_frozen_engine_is_found_by_its_stacks(tmp_path: Path, request: pytest.
     os.kill(engine.pid, signal.SIGCONT)
     until_step(folder, step + 1, launcher)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(60) == 130
-    assert not [p for p in psutil.wait_procs(children, timeout=5)[1] if p.status() != psutil.STATUS_ZOMBIE]
+    assert launcher.wait(180) == 130
+    until(lambda: not alive(child.pid for child in children), "no process is left")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 1200.0
 
 
 def run_cases(selection: str) -> None:
@@ -24,7 +25,7 @@ def run_cases(selection: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=TIMEOUT_S - 60,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -32,11 +33,13 @@ def run_cases(selection: str) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(TIMEOUT_S)
 def test_weights_pushed_into_a_running_engine() -> None:
     run_cases("not nightly")
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.nightly
 def test_weights_pushed_into_a_running_engine_at_length() -> None:
     run_cases("nightly")

@@ -73,6 +73,14 @@ def start_responses(engine, receiver, count: int, length: int = LENGTH) -> list[
     ]
 
 
+def most_tokens(engine, running: list[asyncio.Task]) -> int:
+    """Tokens of the request that is furthest."""
+    if any(task.done() for task in running):
+        return LENGTH
+    states = engine.output_processor.request_states.values()
+    return max((state.detokenizer.num_output_tokens() for state in states), default=0)
+
+
 def worst_difference(response: Response, models, shift: int = 0) -> float:
     """Largest difference to the log-probabilities of the labelled versions (plus `shift`: a control)."""
     worst = 0.0
@@ -101,7 +109,7 @@ async def push_six_times_under_load(folder: Path, models, *, prepared: bool, **e
         ):
             running = start_responses(engine, receiver, 12)
             for version, model in enumerate(models[1:], start=1):
-                await asyncio.sleep(0.15)
+                await until(lambda least=10 * version: most_tokens(engine, running) >= least)
                 await push(publisher, version, model)
             finished = list(await asyncio.gather(*running))
             greedy = await respond(engine, receiver, "greedy", [5, 6, 7], 32, temperature=0.0)

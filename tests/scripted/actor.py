@@ -8,6 +8,7 @@ It holds its leases in memory only, so that `kill -9` loses them as a real actor
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import socket
@@ -89,7 +90,12 @@ def answer_evaluation(job: EvalJob, version: int, era: int) -> EvalResult:
 
 
 class ScriptedActor:
-    """Runs until it is told to stop. Weights arrive with the pulse: there is nothing to load."""
+    """Runs until it is told to stop. Weights arrive with the pulse: there is nothing to load.
+
+    Attributes:
+        published: groups so far; refused: codes of refusals, in order.
+        limit: groups after which it holds back what it has, until the limit is raised: a run that cannot end yet.
+    """
 
     def __init__(
         self,
@@ -104,7 +110,7 @@ class ScriptedActor:
     ) -> None:
         hello = Hello(role="actor", peer=name, software=SOFTWARE, host=socket.gethostname(), pid=os.getpid())
         self.name, self.capacity, self.group_s, self.tokens = name, capacity, group_s, tokens
-        self.published = 0
+        self.published, self.limit = 0, math.inf
         self.refused: list[str] = []
         self._random = random.Random(seed)
         self._client = Client(address, hello, keys=keys)
@@ -163,6 +169,8 @@ class ScriptedActor:
         self._held = {assignment.group: assignment for assignment in grant.groups}
         for assignment in grant.groups:
             time.sleep(self.group_s * self._random.random() * 2)
+            while self.published >= self.limit and not self._stopping.is_set():
+                time.sleep(0.01)
             self._publish(assignment, era, version)
             self._held.pop(assignment.group, None)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from broker.main import serve
 from common.recipe.schema import Recipe
+from tests.scripted.wait import until
 
 
 def scripted_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
@@ -41,18 +41,17 @@ def scripted_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def wait_for_broker(folder: Path, seconds: float = 20.0, not_pid: int | None = None) -> str:
-    """Address of the broker that serves `folder`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            found = json.loads((folder / "broker.json").read_text())
-        except (OSError, ValueError):
-            found = None
-        if found is not None and found["pid"] != not_pid:
-            return found["address"]
-        time.sleep(0.01)
-    raise TimeoutError(f"no broker in {folder} after {seconds} s")
+def wait_for_broker(folder: Path, starting: Callable[[], bool] = lambda: True) -> str:
+    """Address of the broker that serves `folder`; no longer `starting`, and there is none: the test fails."""
+    file = folder / "broker.json"  # written at one stroke
+
+    def serves() -> bool:
+        may_still_come = starting()
+        assert file.exists() or may_still_come, f"the broker of {folder} did not start"
+        return file.exists()
+
+    until(serves, f"a broker in {folder}")
+    return json.loads(file.read_text())["address"]
 
 
 @contextmanager
@@ -68,10 +67,10 @@ def running_broker(recipe: Recipe, *, resume: bool = False, replay: Path | None 
     )
     thread.start()
     try:
-        yield wait_for_broker(recipe.folder)
+        yield wait_for_broker(recipe.folder, thread.is_alive)
     finally:
         stop.set()
-        thread.join(20.0)
+        thread.join(60.0)
     assert codes == [0], "the broker did not end well"
 
 
