@@ -104,4 +104,5 @@ class LedgerError(Exception):
 
 IN_BUFFER = (State.BUFFERED, State.TAKEN, State.CONSUMED)
 ARRIVED = (*IN_BUFFER, State.FILTERED)  # a publication of the present lease has been accepted
-IN_A_STEP = (State.TAKEN, State.CONSUMED, State.FILTERED)  # what a group of a step is, until a rewind undoes it
+# What a group of a step is, until a rewind undoes it.
+IN_A_STEP = (State.TAKEN, State.CONSUMED, State.FILTERED)
