@@ -66,6 +66,7 @@ class LearnerRequests:
     def rewind(self, origin: Origin, peer: Peer, message: Rewind, now: float) -> None:
         """The learner starts from a checkpoint: undo what came after it."""
         state = self._state
+        self._refuse_to_lose_the_run(message)
         era = state.ledger.era
         outcome = state.ledger.rewind(message.step, message.version, state.store.kept)
         self._waiting.clear()
@@ -85,6 +86,16 @@ class LearnerRequests:
             step=message.step, era=state.ledger.era, reopened=outcome.reopened, dropped=outcome.dropped
         )
         self._outbox.reply(origin, reply, durable=True)
+
+    def _refuse_to_lose_the_run(self, message: Rewind) -> None:
+        """A learner that does not see the checkpoints (a missing mount, another host) would undo every step."""
+        pinned = self._state.pinned
+        if message.step == 0 and pinned is not None and pinned["step"] > 0:
+            raise LedgerError(
+                "conflict",
+                f"the learner starts from the base model although this run has a checkpoint of step {pinned['step']}: "
+                f"start it with --resume where it sees {pinned['path']}, or start the run anew with --fresh",
+            )
 
     def serve(self, origin: Origin, peer: Peer, message: Serve, now: float) -> None:
         """Where weights come from; actors learn it with their next heartbeat."""

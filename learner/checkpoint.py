@@ -41,7 +41,7 @@ log = logging.getLogger("slipstream.learner")
 POINTER = "latest.json"
 EXPORT = "hf"
 REMAINS = (".partial-*", ".deleted-*")  # of a crash
-SET_ASIDE = (".ahead-*", ".damaged-*")
+AHEAD, DAMAGED = ".ahead-", ".damaged-"  # of what was set aside
 # A change of these makes the saved state another model's or another layout's.
 BOUND_SETTINGS = (
     "model.path",
@@ -86,7 +86,8 @@ class Checkpoints:
         One whose files were cut short is set aside. None where there is no checkpoint at all.
 
         Raises:
-            UserError: there are checkpoints, and none to go on from; nothing was deleted.
+            UserError: there are checkpoints, or were set aside, and none to go on from; nothing was deleted.
+            OSError: one cannot be read, and may be whole.
         """
         found = self.complete()
         for saved in reversed(found):
@@ -94,11 +95,12 @@ class Checkpoints:
                 continue
             if (damage := cut_short(saved.folder)) is None:
                 return saved
-            self._set_aside(saved, "damaged", damage)
-        if found:
+            self._set_aside(saved, DAMAGED, damage)
+        if found or self._aside(AHEAD) or self._aside(DAMAGED):
             raise UserError(
                 f"no checkpoint in {self.folder} can be continued: those up to step {at_most}, where the broker "
-                "stands, are damaged or missing. Move the others away to start again from the base model.",
+                f"stands, are damaged or missing. Rename a {DAMAGED}N that is whole after all to step-N, or start "
+                "the run anew with --fresh.",
                 setting="run.name",
             )
         return None
@@ -110,10 +112,18 @@ class Checkpoints:
         self._remove(REMAINS)
         for saved in self.complete():
             if saved.step > step:
-                self._set_aside(saved, "ahead", f"the run goes on from step {step}")
+                self._set_aside(saved, AHEAD, f"the run goes on from step {step}")
+
+    def _aside(self, why: str) -> list[Saved]:
+        """What was set aside, without an order."""
+        return [
+            Saved(int(number), path)
+            for path in self.folder.glob(f"{why}*")
+            if (number := path.name.removeprefix(why)).isdigit()
+        ]
 
     def _set_aside(self, saved: Saved, why: str, reason: str) -> None:
-        aside = saved.folder.with_name(f".{why}-{saved.step:06d}")
+        aside = saved.folder.with_name(f"{why}{saved.step:06d}")
         shutil.rmtree(aside, ignore_errors=True)
         saved.folder.rename(aside)
         log.warning("checkpoint %s is set aside as %s: %s", saved.folder.name, aside.name, reason)
@@ -207,7 +217,7 @@ class Checkpoints:
             saved = Saved(step, self.folder / _folder_name(step))
             if (damage := damage_of(saved.folder)) is not None:  # on any rank: each reads its own shard
                 with suppress(FileNotFoundError):  # another rank was first
-                    self._set_aside(saved, "damaged", damage)
+                    self._set_aside(saved, DAMAGED, damage)
             raise
         if path is None:
             raise RunFailedError(f"the learner cannot load {self.folder / _folder_name(step)}")
@@ -230,7 +240,10 @@ class Checkpoints:
     # --- keeping ----------------------------------------------------------------------------------------
 
     def prune(self, accuracy: Mapping[int, float]) -> None:
-        """Delete all but the last n and the best, and what was set aside: a later checkpoint is safe.
+        """Delete all but the last n and the best, and what was set aside.
+
+        A checkpoint called damaged may be whole after all (a disk that failed for a while): it stays until one of
+        its step or later is safe.
 
         Args:
             accuracy: held-out accuracy by policy version, as far as evaluated.
@@ -244,7 +257,9 @@ class Checkpoints:
         for saved in complete:
             if saved.step not in keep:
                 self._delete(saved)
-        self._remove(SET_ASIDE)
+        passed = (saved for saved in self._aside(DAMAGED) if complete and saved.step <= complete[-1].step)
+        for saved in (*self._aside(AHEAD), *passed):
+            shutil.rmtree(saved.folder, ignore_errors=True)
 
     def _delete(self, saved: Saved) -> None:
         if saved.folder.exists():

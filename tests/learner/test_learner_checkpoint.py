@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from common.errors import UserError
 from learner import checkpoint
 from learner.checkpoint import Checkpoints, Saved, best
+from learner.durable import damage_of
 from learner.main import Learner
 from learner.metrics import Clock
 from learner.ranks import Ranks
@@ -78,8 +80,46 @@ def test_a_checkpoint_that_was_cut_short_is_set_aside_for_the_one_before(checkpo
     assert checkpoints.to_resume(10).step == 2
     assert (checkpoints.folder / ".damaged-000004" / "shard.pt").exists()
     os.truncate(checkpoints.folder / "step-000002" / "shard.pt", 0)
-    with pytest.raises(UserError, match="damaged or missing"):
-        checkpoints.to_resume(10)
+    for _ in range(2):  # also when all are set aside: the base model would cost the whole run
+        with pytest.raises(UserError, match="damaged or missing"):
+            checkpoints.to_resume(10)
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_what_cannot_be_read_just_now_is_not_called_damaged(checkpoints, engine, monkeypatch, when):
+    """A disk that answers EIO for a while, a mount that is stale: the files may be whole."""
+    checkpoints.save(engine, 2, lambda _: None)
+    shard = checkpoints.folder / "step-000002" / "shard.pt"
+    content = shard.read_bytes()
+    if when == "opened":
+        shard.unlink()
+        shard.symlink_to(shard)  # too many levels of symbolic links
+    else:
+
+        def broken(file: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("zipfile._EndRecData", broken)
+    for look in (checkpoints.to_resume, lambda _: damage_of(shard.parent)):
+        with pytest.raises(OSError, match=r"symbolic links|Input/output error"):
+            look(2)
+    assert steps(checkpoints) == [2]
+    monkeypatch.undo()
+    shard.unlink()
+    shard.write_bytes(content)
+    assert checkpoints.to_resume(2).step == 2
+    assert damage_of(shard.parent) is None
+
+
+def test_a_checkpoint_that_was_called_damaged_stays_until_a_later_one_is_safe(checkpoints, engine):
+    for step in (2, 4):
+        checkpoints.save(engine, step, lambda _: None)
+    os.truncate(checkpoints.folder / "step-000004" / "shard.pt", 10)
+    assert checkpoints.to_resume(4).step == 2
+    for step, kept in ((3, True), (4, False)):
+        checkpoints.save(engine, step, lambda _: None)
+        checkpoints.prune({})
+        assert (checkpoints.folder / ".damaged-000004").exists() is kept
 
 
 @pytest.mark.parametrize("damaged", [True, False])
