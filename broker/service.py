@@ -9,7 +9,6 @@ The loop calls `receive` for each message, then `settle` once, saves the store, 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -41,8 +40,6 @@ from common.messages import (
     request_number,
 )
 from common.software import compatible, software_version
-
-log = logging.getLogger("slipstream.broker")
 
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
@@ -97,11 +94,8 @@ class Service:
             self._bad(origin, f"{message.kind}: {error}", now)
         except LedgerError as error:
             self.outbox.refuse(origin, error.code, str(error))
-        except (
-            Exception
-        ) as error:  # our own defect: it may cost its sender an answer, but not the run its broker
-            log.exception("a %s could not be answered", message.kind)
-            self.state.event(f"defect: a {message.kind} could not be answered: {error!r}", warning=True)
+        except Exception as error:
+            self.state.defect(message.kind, error)
             self.outbox.refuse(origin, "internal", f"{type(error).__name__}: {error}")
 
     def settle(self, now: float) -> None:

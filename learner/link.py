@@ -29,7 +29,7 @@ GOODBYE_S = 2.0
 
 
 class HistoryLost(SlipstreamError):  # noqa: N818 - a state of the world, not a defect
-    """The broker is in another era than we are; a restarted learner rewinds and goes on."""
+    """The broker stands elsewhere than we do; a restarted learner rewinds and goes on."""
 
 
 class BrokerLink:

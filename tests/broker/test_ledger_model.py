@@ -258,6 +258,21 @@ class LedgerModel(HonestModel):
                 self.ledger.renew(name, [key for key, *_ in actor.leases], self.now)
         self.ledger.tick(self.now, lambda name: name in self.actors)
 
+    @precondition(lambda self: self.in_hand)
+    @rule(data=st.data())
+    def a_taken_group_cannot_be_read(self, data: st.DataObject) -> None:
+        """Its step, and those after it, are undone, and its question is asked again."""
+        step = data.draw(st.sampled_from(sorted(self.in_hand)))
+        groups = self.ledger.taken[step]
+        lost = data.draw(st.sampled_from([group.key for group in groups]))
+        published = self.ledger.groups[lost].state == State.TAKEN
+        self.ledger.untake(step)
+        self.ledger.lose([lost])
+        for later in [later for later in self.in_hand if later >= step]:
+            del self.in_hand[later]
+        assert self.ledger.next_step == step
+        assert (self.ledger.groups[lost].state == State.PENDING) is published
+
     @rule(back=st.integers(0, 4), kept=st.booleans())
     def rewind(self, back: int, kept: bool) -> None:
         step = max(0, self.ledger.step - back)

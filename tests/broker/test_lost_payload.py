@@ -11,7 +11,7 @@ import pytest
 from broker.main import open_run
 from broker.service import Service
 from broker.state import load_training_set
-from common.messages import Batch, Commit, Pin, Rewind, Take
+from common.messages import Batch, Commit, Fetch, Pin, Rewind, Take
 from tests.broker.test_leases import World
 from tests.scripted.broker import scripted_recipe
 
@@ -71,3 +71,72 @@ def test_a_learner_that_does_not_see_the_checkpoints_does_not_undo_the_run(world
     assert "sees /run/step-1, or start the run anew with --fresh" in refused.reason
     assert world.service.state.ledger.step == 1
     assert world.say(world.learner, Rewind(step=1, version=1)).step == 1
+
+
+def test_groups_that_a_crash_of_the_machine_took_are_sampled_again(world: DurableWorld) -> None:
+    """The ledger's rows were on the disk and the payloads were not (`fsync = false`)."""
+    world.crash(keep=1000)
+    counts = world.service.state.ledger.counts()
+    lost = counts["abandoned_reasons"]["damaged"]
+    assert 0 < lost < 8
+    assert counts["buffered"] == 8 - lost
+    assert counts["sum_ok"]
+    world.answer(world.actor, world.ask(world.actor, 8, era=1), 1, 0)
+    world.train(0)
+    world.train(1)
+    assert world.service.state.ledger.counts()["sum_ok"]
+
+
+def zeros_in(folder: Path, start: int) -> None:
+    """A page of the payloads that was never written."""
+    for path in (folder / "journal").glob("payload-*.bin"):
+        content = path.read_bytes()
+        path.write_bytes(content[:start] + bytes(len(content[start : start + 64])) + content[start + 64 :])
+
+
+def test_a_group_that_cannot_be_read_at_its_take_is_replaced(world: DurableWorld) -> None:
+    world.crash()
+    zeros_in(world.recipe.folder, 200)
+    batch = world.take(0)
+    assert batch.ready
+    assert len(batch.groups) == 4
+    assert "1 groups of step 0 could not be read" in world.service.state.events[-1]["text"]
+    fetched = world.say(world.learner, Fetch(groups=[header.group for header in batch.groups]))
+    assert fetched.kind == "payloads"
+    world.say(world.learner, Commit(step=0, version=1, metrics={}))
+    counts = world.service.state.ledger.counts()
+    assert counts["sum_ok"]
+    assert counts["abandoned_reasons"]["damaged"] == 1
+
+
+def test_a_taken_group_that_is_lost_is_no_longer_given_but_may_be_committed(world: DurableWorld) -> None:
+    """The learner may have it already: then its step counts; else it takes the step again and gets others."""
+    groups = [header.group for header in world.take(0).groups]
+    world.crash(keep=0)
+    assert world.say(world.learner, Fetch(groups=groups)).code == "stale"
+    assert world.say(world.learner, Commit(step=0, version=1, metrics={})).kind == "ack"
+    assert world.service.state.ledger.counts()["consumed"] == 4
+    world.crash()
+    assert world.take(1).ready is False
+    world.answer(world.actor, world.ask(world.actor, 8, era=1, version=1), 1, 1)
+    world.train(1)
+    assert world.service.state.ledger.counts()["sum_ok"]
+
+
+def test_a_take_that_fails_while_it_waits_costs_its_sender_an_answer_and_not_the_run_its_broker(
+    world: DurableWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.train(0)
+    world.train(1)
+    assert world.say(world.learner, Take(step=2, wait_s=9.0)) is None
+
+    def defect(step: int) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(world.service.state.ledger, "take", defect)
+    world.settle()
+    assert world.replies[world.learner][-1].code == "internal"
+    monkeypatch.undo()
+    world.replies.clear()
+    world.settle(1.0)
+    assert not world.replies, "it no longer waits"
