@@ -32,7 +32,16 @@ from msgspec.structs import replace
 
 from common import keys as curve
 from common.errors import SlipstreamError, UserError
-from common.messages import Hello, MalformedMessage, Message, Refused, Welcome, decode, encode
+from common.messages import (
+    MAX_HEADER_BYTES,
+    Hello,
+    MalformedMessage,
+    Message,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
 
 log = logging.getLogger("slipstream.wire")
 
@@ -145,6 +154,17 @@ def _still_waiting(
     return time.monotonic() + NOTICE_S
 
 
+def _header(message: Message, number: int) -> bytes:
+    """The header frame of a request. Raises RefusedError: the broker would not take it, or never see it."""
+    frame = encode(message, number)
+    if len(frame) > MAX_HEADER_BYTES:
+        size = f"{len(frame)} bytes; at most {MAX_HEADER_BYTES} are accepted"
+        raise RefusedError(
+            Refused(code="malformed", reason=f"the {message.kind} was not sent: it has {size}")
+        )
+    return frame
+
+
 def _identified(hello: Hello) -> Hello:
     return hello if hello.process else replace(hello, process=PROCESS)
 
@@ -202,7 +222,7 @@ class Client:
             hold_s: seconds that the broker may hold this request before it answers (long poll).
 
         Raises:
-            RefusedError: the broker refused it. BrokerUnreachable: no answer in time.
+            RefusedError: the broker refused it, or it is too large. BrokerUnreachable: no answer in time.
         """
         with self._turn:
             return self._request(message, payload, timeout_s, hold_s)
@@ -211,9 +231,10 @@ class Client:
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
         number = next(self._numbers)  # the same at every attempt: a late answer is an answer
+        header = _header(message, number)
         while True:
             deadline = time.monotonic() + _attempt_seconds(started, timeout_s, hold_s)
-            self._send([encode(message, number), *payload], deadline)
+            self._send([header, *payload], deadline)
             reply = self._await(number, deadline)
             if reply is None:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
@@ -275,9 +296,10 @@ class AsyncClient:
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
         number = next(self._numbers)  # the same at every attempt: a late answer is an answer
+        frames = [_header(message, number), *payload]
         while True:
             attempt_s = _attempt_seconds(started, timeout_s, hold_s)
-            reply = await self._attempt(message, payload, number, attempt_s)
+            reply = await self._attempt(frames, number, attempt_s)
             if reply is None:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
@@ -291,14 +313,12 @@ class AsyncClient:
             else:
                 return reply
 
-    async def _attempt(
-        self, message: Message, payload: Buffers, number: int, timeout_s: float
-    ) -> Reply | None:
+    async def _attempt(self, frames: Buffers, number: int, timeout_s: float) -> Reply | None:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
             async with asyncio.timeout(timeout_s):
-                await self._socket.send_multipart([encode(message, number), *payload], copy=False)
+                await self._socket.send_multipart(frames, copy=False)
                 return await future
         except TimeoutError:
             return None
