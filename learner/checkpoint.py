@@ -67,6 +67,9 @@ class Checkpoints:
     Args:
         folder: `checkpoints` in the run folder; on storage that all ranks share.
         recipe: kept with each checkpoint and compared on resume.
+
+    Attributes:
+        failures: checkpoints that could not be written since the last that could.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, ranks: Ranks) -> None:
@@ -158,6 +161,7 @@ class Checkpoints:
             log.debug("writing a checkpoint failed", exc_info=True)
             return self._give_up(partial, f"{type(error).__name__}: {error}")
         self._ranks.barrier()
+        self.failures = 0
         return Saved(step, target)
 
     def _complete(self, step: int, partial: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ waits for data and for nothing else.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -55,6 +56,8 @@ ATTEMPT_S = 5.0
 DELIVER_S = 10.0  # to bring the ledger up to date before a checkpoint
 LEAVE_S = 3.0
 POLL_S = 0.2
+SAVE_AGAIN_S = 30.0  # between attempts at the last checkpoint
+NO_ROOM = "waiting for disk space"  # the state that `broker.explain` knows
 
 
 class StopSignal:
@@ -264,7 +267,10 @@ class Learner:
             reason = self._loop()
             saved = self._checkpoint()
             if reason == "finished":
-                reason = self._wait_for_the_end()
+                saved = saved or self._insist_on_a_checkpoint()
+                reason = (
+                    self._wait_for_the_end() if saved else "stopped: there is no checkpoint of the last step"
+                )
             self._feed.close()
         except Exception as error:
             reason = f"failed: {error}"
@@ -359,13 +365,32 @@ class Learner:
                     self._checkpoints.prune(self._link.accuracy)
         return saved
 
+    def _insist_on_a_checkpoint(self) -> Saved | None:
+        """Try again until there is room: the last checkpoint is the run's model. None when a signal came first."""
+        saved = None
+        while saved is None and not self._ranks.any(self._stop.received):
+            self._be(NO_ROOM, f"room for the last checkpoint in {self._checkpoints.folder}")
+            due = time.monotonic() + SAVE_AGAIN_S
+            while not self._ranks.any(self._stop.received or time.monotonic() >= due):
+                if self._link is not None:
+                    self._link.check()
+                time.sleep(POLL_S)
+            saved = self._checkpoint()
+        return saved
+
     def _export(self, folder: Path) -> None:
         export_model(self._engine, self._push.whole_model(self._engine), self._tokenizer, folder)
 
     def _wait_for_the_end(self) -> str:
-        """Serve the final weights until the last evaluation is in: the broker says when."""
+        """Serve the final weights until the last evaluation is in: the broker says when.
+
+        It has its time from when it knows of the last step.
+        """
         self._be("serving the final weights", "the end of the run")
-        deadline = time.monotonic() + self._recipe.broker.final_eval_s + self._recipe.broker.dead_after_s
+        patience = self._recipe.broker.final_eval_s + self._recipe.broker.dead_after_s
+        told, deadline = self._link is None, math.inf
         while not self._told_to_stop() and not self._ranks.any(time.monotonic() > deadline):
+            if not told and (told := self._link.flush(0.0)):
+                deadline = time.monotonic() + patience
             time.sleep(POLL_S)
         return "finished"
