@@ -39,6 +39,7 @@ from common.messages import (
     decode,
     request_number,
 )
+from common.recipe.digest import sampling_digest
 from common.software import compatible, software_version
 
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
@@ -62,6 +63,7 @@ class Service:
         self.alarm = Alarm(state, self.ending, self.learner.waiting_since)
         self._draining: dict[str, str] = {}  # actors that are to leave, and why
         self._software = software_version()
+        self._sampling = sampling_digest(state.recipe)
         self._last_tick: float | None = None
         self._handlers: dict[str, Callable[..., None]] = {
             "heartbeat": self._heartbeat,
@@ -199,6 +201,10 @@ class Service:
             return
         if reason := self._incompatible(hello):
             self.outbox.refuse(origin, "incompatible", reason)
+            return
+        if hello.sampling not in (None, self._sampling):
+            reason = f"the run was resumed with another recipe than {hello.peer} samples by: it must be started again"
+            self.outbox.refuse(origin, "changed", reason)
             return
         if reason := self._conflict(hello):
             self.outbox.refuse(origin, "conflict", reason)

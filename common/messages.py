@@ -200,6 +200,8 @@ class GroupHeader(Part):
 class Hello(Message):
     """First message of a peer; `run` refuses to join any other run, `tokenizer` is a digest that must agree.
 
+    `sampling` is an actor's `common.recipe.digest.sampling_digest`: where the run was resumed with another recipe, the
+    answer is `changed`, and a fresh process joins with that one.
     `process` is random and one for all connections of a process (`common.wire` fills it in): a process number alone
     says little where each container counts from 1.
     """
@@ -211,6 +213,7 @@ class Hello(Message):
     pid: Count
     run: Name | None = None
     tokenizer: Name | None = None
+    sampling: Name | None = None
     process: Annotated[str, Meta(max_length=32)] = ""
 
 
@@ -365,6 +368,7 @@ class Refused(Message):
         "malformed",
         "unknown_peer",
         "incompatible",
+        "changed",
         "not_now",
         "stale",
         "conflict",
