@@ -72,6 +72,7 @@ class LearnerRequests:
         state = self._state
         self._refuse_to_lose_the_run(message)
         era = state.ledger.era
+        self._catch_up(message)
         outcome = state.ledger.rewind(message.step, message.version, state.store.kept)
         self._waiting.clear()
         self._starved_since = None
@@ -90,6 +91,17 @@ class LearnerRequests:
             step=message.step, era=state.ledger.era, reopened=outcome.reopened, dropped=outcome.dropped
         )
         self._outbox.reply(origin, reply, durable=True)
+
+    def _catch_up(self, message: Rewind) -> None:
+        """The broker was gone while the learner stopped: its last commits were lost, and its checkpoint was not."""
+        state = self._state
+        before = state.ledger.step
+        trained = state.ledger.catch_up(message.step) if message.version == message.step else []
+        state.store.consumed([group.key for group in trained if group.state == State.CONSUMED])
+        if trained:
+            state.event(
+                f"steps {before} to {message.step - 1} are committed: there is a checkpoint of what they made"
+            )
 
     def _refuse_to_lose_the_run(self, message: Rewind) -> None:
         """A learner that does not see the checkpoints (a missing mount, another host) would undo every step."""

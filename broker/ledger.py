@@ -287,6 +287,16 @@ class Ledger(Books):
             if (group := self.groups[key]).state == State.BUFFERED:
                 self._put_back(group, reason="damaged")
 
+    def catch_up(self, step: int) -> list[Group]:
+        """A checkpoint of `step` is there: commit the taken steps before it, whose commits were lost on the way.
+
+        The take was durable before the learner had it, and the checkpoint proves the training. Returns the groups;
+        none where the checkpoint is not ahead, or further ahead than what was taken.
+        """
+        if not self.step < step <= self.next_step:
+            return []
+        return [group for done in range(self.step, step) for group in self.commit(done, done + 1)]
+
     def close(self) -> None:
         """The run is over: what is left of the questions is too little for a step."""
         for group in [

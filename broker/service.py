@@ -267,6 +267,7 @@ class Service:
             recipe=state.recipe.model_dump(mode="json"),
             folder=str(state.folder.resolve()),
             step=state.ledger.step,
+            next_step=state.ledger.next_step,
             version=state.ledger.version,
             era=state.ledger.era,
             weights=state.weights,

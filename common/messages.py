@@ -317,7 +317,10 @@ class EvalResult(Message):
 
 
 class Rewind(Message):
-    """The learner starts (or starts again) from the checkpoint of `step`; opens a new era."""
+    """The learner starts (or starts again) from the checkpoint of `step`; opens a new era.
+
+    A checkpoint ahead of the commits proves that the steps before it, which were taken, are trained.
+    """
 
     step: Count
     version: Count
@@ -387,12 +390,17 @@ class Ack(Message):
 
 
 class Welcome(Message):
-    """The peer is in: the whole recipe, where the run stands, where weights come from."""
+    """The peer is in: the whole recipe, where the run stands, where weights come from.
+
+    Steps from `step` up to `next_step` (excluded) are taken and not committed: the checkpoint of a learner that has
+    trained them may be of `next_step`.
+    """
 
     run: Name
     recipe: dict[str, Any]
     folder: Text
     step: Count
+    next_step: Count
     version: Count
     era: Count
     weights: WeightsAddress | None

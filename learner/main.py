@@ -1,8 +1,8 @@
 """The learner process: take, train, push, commit, checkpoint; again and again.
 
 Invariants: the learner never dies because the broker is away: it waits, says so, and sends again (I4). All ranks
-take every decision alike. After a restart it continues from the newest checkpoint that the broker's ledger knows
-of, and says so (`rewind`), so that no question is trained on twice in the history that survives (I2).
+take every decision alike. After a restart it continues from the newest checkpoint whose steps the broker's ledger has
+given out, and says so (`rewind`), so that no question is trained on twice in the history that survives (I2).
 
     take(s) -> train -> publish version s + 1 -> commit(s) -> now and then: checkpoint, pin(s + 1)
 
@@ -238,7 +238,7 @@ class Learner:
                     setting="run.root",
                 )
             return None
-        saved = checkpoints.to_resume(self._welcome.step)
+        saved = checkpoints.to_resume(self._welcome.next_step)
         if saved is None:
             log.warning("there is no checkpoint: starting from the base model")
         return saved
@@ -354,7 +354,7 @@ class Learner:
     def _checkpoint(self) -> Saved | None:
         self._be("checkpointing")
         with self._clock("checkpointing"):
-            # A checkpoint ahead of the ledger cannot be resumed from: then those before it must stay.
+            # A broker that lost its history may not know of the steps of this one: then those before it must stay.
             told = self._link is not None and self._link.flush(DELIVER_S)
             saved = self._checkpoints.save(self._engine, self._step, self._export)
             if saved is not None and self._link is not None:

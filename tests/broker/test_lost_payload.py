@@ -11,7 +11,7 @@ import pytest
 from broker.main import open_run
 from broker.service import Service
 from broker.state import load_training_set
-from common.messages import Batch, Commit, Fetch, Pin, Rewind, Take
+from common.messages import Batch, Commit, Fetch, Hello, Pin, Rewind, Take
 from tests.broker.test_leases import World
 from tests.scripted.broker import scripted_recipe
 
@@ -140,3 +140,29 @@ def test_a_take_that_fails_while_it_waits_costs_its_sender_an_answer_and_not_the
     world.replies.clear()
     world.settle(1.0)
     assert not world.replies, "it no longer waits"
+
+
+def test_a_checkpoint_whose_commits_were_lost_is_gone_on_from(world: DurableWorld) -> None:
+    """The broker was away while the learner finished its step, saved it and left."""
+    world.train(0)
+    taken = [header.group for header in world.take(1).groups]
+    world.crash()
+    ahead = world.say(world.learner, Rewind(step=3, version=3))
+    assert ahead.code == "conflict", "nobody gave out the groups of step 2"
+    assert world.say(world.learner, Rewind(step=2, version=2)).step == 2
+    ledger = world.service.state.ledger
+    assert (ledger.step, ledger.version) == (2, 2)
+    assert {str(ledger.groups[key].state.name) for key in taken} == {"CONSUMED"}
+    assert ledger.counts()["sum_ok"]
+    era = ledger.era
+    assert world.say(world.learner, Rewind(step=2, version=2)).era == era, "asked again: the same"
+    world.crash()
+    assert world.service.state.ledger.step == 2
+
+
+def test_the_welcome_says_how_far_a_checkpoint_may_be(world: DurableWorld) -> None:
+    world.train(0)
+    world.take(1)
+    hello = Hello(role="learner", peer="learner", software="0.1.0", host="h", pid=1)
+    welcome = world.say(world.learner, hello)
+    assert (welcome.step, welcome.next_step) == (1, 2)
