@@ -21,7 +21,10 @@ from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
 
 log = logging.getLogger("slipstream.actor.evaluation")
 
-TEXTS_PER_SET = 4  # questions of a set whose answers are kept as text
+TEXTS_PER_SET = (
+    4  # questions of a set of which two answers are kept as text, the greedy one and a sampled one
+)
+TEXT_CHARS = 8000  # kept of an answer: all answers of an evaluation travel in one message
 TOO_LONG = Scored(verdict="truncated", reward=0.0, tokens=0)
 
 
@@ -92,6 +95,8 @@ class Evaluator:
             return EvalRow(set=question.set, uid=question.uid, greedy=TOO_LONG, sampled=[])
         samples = [answers.greedy, *answers.sampled]
         scores = await self._scorer.evaluate(question.question, samples)
-        pairs = zip(samples, scores, strict=True)
-        rows = [scored(sample, score, keep_text=keep_text) for sample, score in pairs]
+        rows = [
+            scored(sample, score, text_chars=TEXT_CHARS if keep_text and number < 2 else 0)
+            for number, (sample, score) in enumerate(zip(samples, scores, strict=True))
+        ]
         return EvalRow(set=question.set, uid=question.uid, greedy=rows[0], sampled=rows[1:])

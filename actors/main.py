@@ -9,6 +9,7 @@ finished, handed back, or taken back by the broker.
 | SIGTERM, Ctrl-C, or told to drain | finishes what is in flight within a deadline, hands back the rest | 0 |
 | a second signal, or told to stop | leaves at once, engine included | 0 |
 | the engine died, or a weight swap failed half-way | hands back its leases; a fresh process goes on | 3 |
+| the run was resumed with another recipe | leaves its work; a fresh process samples by that one | 3 |
 | the broker shuts it out, vLLM cannot start | says why in one sentence | 4 |
 """
 
@@ -34,6 +35,7 @@ from common.messages import Goodbye, Welcome
 from common.model_files import require_tokenizer, tokenizer_digest
 from common.process import leave
 from common.recipe import Recipe
+from common.recipe.digest import sampling_digest
 from common.wire import AsyncClient, BrokerUnreachable, Client, RefusedError, hello
 
 log = logging.getLogger("slipstream.actor")
@@ -73,6 +75,9 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
         log.error("%s; a fresh process must take over", error)
         return EXIT_RESTART
     except RefusedError as error:
+        if error.code == "changed":
+            log.error("%s", error)
+            return EXIT_RESTART
         raise RunFailedError(f"the broker refused actor {name}: {error}") from None
     finally:
         engine.shutdown()
@@ -113,7 +118,8 @@ def _use_threads(threads: int | None) -> None:
 
 
 async def _live(engine: Engine, recipe: Recipe, join: str, name: str, keys: Path | None) -> int:
-    ours = hello("actor", name, run=recipe.run.name, tokenizer=tokenizer_digest(engine.tokenizer))
+    tokenizer, sampling = tokenizer_digest(engine.tokenizer), sampling_digest(recipe)
+    ours = hello("actor", name, run=recipe.run.name, tokenizer=tokenizer, sampling=sampling)
     wire = AsyncClient(join, ours, keys=keys)
     try:
         await engine.warm_up()

@@ -67,7 +67,7 @@ class Scorer:
         return Score(found.verdict.value, found.reward)
 
 
-def scored(sample: Sample, score: Score, *, keep_text: bool) -> Scored:
-    """A row of an evaluation."""
-    text = sample.text if keep_text else None
+def scored(sample: Sample, score: Score, *, text_chars: int) -> Scored:
+    """A row of an evaluation, with so many characters of its text; without any where 0."""
+    text = sample.text[:text_chars] if text_chars else None
     return Scored(verdict=score.verdict, reward=score.reward, tokens=len(sample.tokens), text=text)

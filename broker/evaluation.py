@@ -67,20 +67,19 @@ class Evaluations:
         if not self.questions or not due or version in self.asked:
             return False
         self.asked.add(version)
-        self.waiting = self._job(version)
+        self.waiting = self._job(version, self.next_job)
+        self.next_job += 1
         return True
 
-    def _job(self, version: int) -> EvalJob:
-        job = EvalJob(
-            job=self.next_job,
+    def _job(self, version: int, number: int) -> EvalJob:
+        return EvalJob(
+            job=number,
             requested=version,
             questions=list(self.questions),
             samples=self.samples,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
         )
-        self.next_job += 1
-        return job
 
     def wants(self, version: int) -> bool:
         """Whether a job waits that `version` is new enough for."""
@@ -175,13 +174,12 @@ class Evaluations:
         )
 
     def state(self) -> dict[str, Any]:
-        """For the journal, beside the results: which versions were asked for; open jobs are asked for again."""
-        open_versions = {r.job.requested for r in self.running.values()}
-        if self.waiting is not None:
-            open_versions.add(self.waiting.requested)
+        """For the journal, beside the results: which versions were asked for; the newest open job is asked for again."""
+        jobs = [running.job for running in self.running.values()]
+        jobs += [self.waiting] if self.waiting is not None else []
         return {
             "asked": sorted(self.asked),
-            "open": max(open_versions, default=None),
+            "open": max(((job.requested, job.job) for job in jobs), default=None),
             "final_version": self.final_version,
             "next_job": self.next_job,
         }
@@ -191,5 +189,4 @@ class Evaluations:
         self.results, self.asked = dict(results), set(state["asked"])
         self.final_version, self.next_job = state["final_version"], state["next_job"]
         if state["open"] is not None and self.questions:
-            self.next_job = max(1, self.next_job - 1)
-            self.waiting = self._job(state["open"])
+            self.waiting = self._job(*state["open"])

@@ -13,6 +13,7 @@ SHOWN_S = 2.0  # shorter waits are part of every healthy step
 SILENT_S = 10.0
 PUSH_SHOWN_S = 10.0  # a push of a large model takes seconds
 NAMES = 3
+NO_ROOM = "waiting for disk space"  # state of a learner that cannot write its last checkpoint
 
 Snapshot = Mapping[str, Any]
 
@@ -44,9 +45,9 @@ def explain(status: Snapshot) -> list[Cause]:
         status: as the broker answers a `StatusQuery`.
     """
     if status["finished"] and not status["evaluation_open"]:
-        return []
+        return list(_unsaved(status))
     looks = (
-        *(_standstill, _ending, _disk, _absent, _lost, _silent, _draining),
+        *(_standstill, _ending, _disk, _unsaved, _absent, _lost, _silent, _draining),
         *(_push, _learner, _actors, _evaluation, _others),
     )
     return [cause for look in looks for cause in look(status)]
@@ -84,6 +85,22 @@ def _ending(status: Snapshot) -> Iterator[Cause]:
 def _disk(status: Snapshot) -> Iterator[Cause]:
     if status["disk_full"]:
         yield Cause(f"{status['disk_full']}: free some space, and it goes on by itself")
+
+
+def _unsaved(status: Snapshot) -> Iterator[Cause]:
+    """Checkpoints that cannot be written: what was trained since the last one would be lost with the learner."""
+    failures = int((status["train"] or {}).get("checkpoint_failures", 0))
+    for peer in _living(status, "learner").values():
+        if peer["state"] == NO_ROOM:
+            wait = f"the learner waits for {peer['waiting_for']}: free some space, and the run ends by itself"
+            yield Cause(wait, peer["waiting_s"])
+            return
+    if failures and not status["finished"]:
+        last = status["pinned"]["step"] if status["pinned"] else 0
+        yield Cause(
+            f"checkpoints cannot be written ({failures} in a row): free some space; a learner that dies goes back "
+            f"to step {last}"
+        )
 
 
 def _absent(status: Snapshot) -> Iterator[Cause]:
@@ -190,5 +207,5 @@ def _others(status: Snapshot) -> Iterator[Cause]:
     """What the learner says of itself, where the broker does not see it waiting."""
     seen = any("groups_missing" in wait for wait in status["waits"])
     for name, peer in _living(status, "learner").items():
-        if peer["waiting_for"] and peer["waiting_s"] >= SHOWN_S and not seen:
+        if peer["waiting_for"] and peer["waiting_s"] >= SHOWN_S and not seen and peer["state"] != NO_ROOM:
             yield Cause(f"{name} waits for {peer['waiting_for']}", peer["waiting_s"])

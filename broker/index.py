@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS groups (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (
     epoch INTEGER, idx INTEGER, segment INTEGER, start INTEGER, frame INTEGER, a INTEGER, b INTEGER, c INTEGER,
+    crc INTEGER,
     PRIMARY KEY (epoch, idx)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS changes (number INTEGER PRIMARY KEY, change BLOB);
@@ -48,7 +49,7 @@ class Change(msgspec.Struct, array_like=True):
     Attributes:
         ledger: the ledger's counters (`Books.meta`), packed.
         groups: rows of the table `groups`.
-        entries: where groups lie now: (epoch, index, segment, start, four sizes).
+        entries: where groups lie now: (epoch, index, segment, start, four sizes, checksum).
         gone: groups whose entry is deleted.
     """
 
@@ -153,7 +154,7 @@ class Index:
         rows = {_key(row): row for row in self._db.execute("SELECT * FROM entries")}
         for key, row in (rows | self._entries).items():
             if row is not None:
-                yield key, Place(row[2], row[3], tuple(row[4:]))
+                yield key, Place(row[2], row[3], tuple(row[4:8]), row[8])
 
     def results(self) -> dict[int, Any]:
         """The results of evaluations, by number."""
@@ -205,7 +206,7 @@ class Index:
         kept = [row for row in entries.values() if row is not None]
         self._db.executemany(f"INSERT OR REPLACE INTO groups VALUES ({_marks(13)})", groups.values())
         self._db.executemany("DELETE FROM entries WHERE epoch = ? AND idx = ?", deleted)
-        self._db.executemany(f"INSERT OR REPLACE INTO entries VALUES ({_marks(8)})", kept)
+        self._db.executemany(f"INSERT OR REPLACE INTO entries VALUES ({_marks(9)})", kept)
         self._db.execute("INSERT OR REPLACE INTO meta VALUES ('ledger', ?)", (last.ledger,))
         self._db.execute("DELETE FROM changes")
 

@@ -1,13 +1,15 @@
 """The durable store: published groups in append-only files (`broker.segments`), the rest in SQLite (`broker.index`).
 
 Invariant: after `save` returns, a restart finds the ledger and every group exactly as they were, whatever is
-killed; what was not saved leaves no trace. `save` writes groups first, then one SQLite transaction that holds the
+killed; what was not saved leaves no trace. Should the machine itself crash without `fsync`, some of the last groups may
+be lost: their questions are asked again. `save` writes groups first, then one SQLite transaction that holds the
 state of every changed group, where its payload lies, and the ledger's counters: one group commit for all messages
 of a round. With `fsync` both wait for the disk, so that a power cut changes nothing either.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from broker.segments import Place, Segments
 from broker.store import NOTHING, Entry, StoreFull, entry_size
 from common.messages import GroupId
 from common.run_files import LEDGER_FILE
+
+log = logging.getLogger("slipstream.broker")
 
 FULL_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
@@ -48,11 +52,11 @@ class Journal:
         self._places = dict(self._index.places())
         self._segments = Segments(folder, fsync=fsync, read_only=read_only)
         self._segments.hold(self._places.values())
+        self._gone = self._segments.missing(self._places)
         if not read_only:
             self._segments.sweep()
         self._cache: dict[GroupId, Entry] = {}  # what is not consumed; the disk has it too, once saved
         self._fresh: dict[GroupId, Entry] = {}  # not saved yet
-        self._gone: set[GroupId] = set()
         self._meta_saved = b""
 
     def meta(self, name: str) -> Any:
@@ -71,8 +75,12 @@ class Journal:
         self._index.identify(identity)
 
     def load(self, rules: Rules) -> Ledger | None:
-        """The ledger as it was saved, or None in a new journal."""
-        return self._index.ledger(rules)
+        """The ledger as it was saved, or None in a new journal. Groups that a crash took are pending again."""
+        ledger = self._index.ledger(rules)
+        if ledger is not None and self._gone:
+            log.warning("%d groups were not on the disk when the machine crashed", len(self._gone))
+            ledger.lose(self._gone)
+        return ledger
 
     def results(self) -> dict[int, Any]:
         return self._index.results()
@@ -152,7 +160,7 @@ class Journal:
         return Change(
             ledger=meta,
             groups=[group_row(ledger.groups[key]) for key in ledger.dirty],
-            entries=[(*key, place.segment, place.start, *place.sizes) for key, place in places.items()],
+            entries=[(*key, p.segment, p.start, *p.sizes, p.crc) for key, p in places.items()],
             gone=list(self._gone - places.keys()),
         )
 

@@ -1,11 +1,12 @@
 """Requests of the learner: rewind, serve, take, fetch, commit, pin.
 
 Invariant: each may be repeated without harm. A step that is not there yet waits here, and its reply says who is
-waited for (I4).
+waited for (I4). A group that cannot be read any more costs its sampling, never the run.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from common.messages import (
     Batch,
     Commit,
     Fetch,
+    GroupId,
     Payloads,
     Pin,
     Rewind,
@@ -31,6 +33,8 @@ from common.messages import (
     Serve,
     Take,
 )
+
+log = logging.getLogger("slipstream.broker")
 
 
 class WaitingTake(NamedTuple):
@@ -66,7 +70,9 @@ class LearnerRequests:
     def rewind(self, origin: Origin, peer: Peer, message: Rewind, now: float) -> None:
         """The learner starts from a checkpoint: undo what came after it."""
         state = self._state
+        self._refuse_to_lose_the_run(message)
         era = state.ledger.era
+        self._catch_up(message)
         outcome = state.ledger.rewind(message.step, message.version, state.store.kept)
         self._waiting.clear()
         self._starved_since = None
@@ -85,6 +91,27 @@ class LearnerRequests:
             step=message.step, era=state.ledger.era, reopened=outcome.reopened, dropped=outcome.dropped
         )
         self._outbox.reply(origin, reply, durable=True)
+
+    def _catch_up(self, message: Rewind) -> None:
+        """The broker was gone while the learner stopped: its last commits were lost, and its checkpoint was not."""
+        state = self._state
+        before = state.ledger.step
+        trained = state.ledger.catch_up(message.step) if message.version == message.step else []
+        state.store.consumed([group.key for group in trained if group.state == State.CONSUMED])
+        if trained:
+            state.event(
+                f"steps {before} to {message.step - 1} are committed: there is a checkpoint of what they made"
+            )
+
+    def _refuse_to_lose_the_run(self, message: Rewind) -> None:
+        """A learner that does not see the checkpoints (a missing mount, another host) would undo every step."""
+        pinned = self._state.pinned
+        if message.step == 0 and pinned is not None and pinned["step"] > 0:
+            raise LedgerError(
+                "conflict",
+                f"the learner starts from the base model although this run has a checkpoint of step {pinned['step']}: "
+                f"start it with --resume where it sees {pinned['path']}, or start the run anew with --fresh",
+            )
 
     def serve(self, origin: Origin, peer: Peer, message: Serve, now: float) -> None:
         """Where weights come from; actors learn it with their next heartbeat."""
@@ -115,6 +142,10 @@ class LearnerRequests:
             except LedgerError as error:
                 given = True
                 self._outbox.refuse(waiting.origin, error.code, str(error))
+            except Exception as error:
+                given = True
+                self._state.defect("take", error)
+                self._outbox.refuse(waiting.origin, "internal", f"{type(error).__name__}: {error}")
             if given or now >= waiting.until:
                 del self._waiting[waiting.origin.connection]
             if not given and now >= waiting.until:
@@ -126,14 +157,42 @@ class LearnerRequests:
         if self._state.ledger.finished:
             return False
         before = self._state.ledger.expired
-        groups = self._state.ledger.take(step)
+        batch = self._take_whole(step)
         if self._state.ledger.expired > before:
             self._expired(self._state.ledger.expired - before)
-        if groups is None:
+        if batch is None:
             return False
         self._starved_since = None
-        self._outbox.reply_plain(origin, "batch", self._batch(step, groups), durable=True)
+        self._outbox.reply_plain(origin, "batch", batch, durable=True)
         return True
+
+    def _take_whole(self, step: int) -> dict[str, Any] | None:
+        """Take a step of which every group can be read; one that cannot is asked again, and another takes its place."""
+        ledger = self._state.ledger
+        while (groups := ledger.take(step)) is not None:
+            entries, lost = self._read(groups)
+            if not lost:
+                rewards = [group.reward for group in groups if group.state == State.FILTERED]
+                return batch_body(step, [entry.packed_header for entry in entries], len(groups), rewards)
+            ledger.untake(step)
+            ledger.lose(lost)
+            self._state.event(
+                f"{len(lost)} groups of step {step} could not be read and are sampled again: "
+                f"{', '.join(map(str, lost[:5]))}",
+                warning=True,
+            )
+        return None
+
+    def _read(self, groups: Sequence[Group]) -> tuple[list[Entry], list[GroupId]]:
+        """Published groups in their order, and which cannot be read."""
+        entries, lost = [], []
+        for group in groups:
+            if group.state != State.FILTERED:
+                try:
+                    entries.append(self._entry(group))
+                except LedgerError:
+                    lost.append(group.key)
+        return entries, lost
 
     def _expired(self, count: int) -> None:
         state = self._state
@@ -141,19 +200,16 @@ class LearnerRequests:
             f"{count} groups were too stale for step {state.ledger.next_step} and expired", warning=True
         )
 
-    def _batch(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
-        headers = [self._entry(group).packed_header for group in groups if group.state != State.FILTERED]
-        rewards = [group.reward for group in groups if group.state == State.FILTERED]
-        return batch_body(step, headers, len(groups), rewards)
-
     def _entry(self, group: Group) -> Entry:
-        entry = self._state.store.get(group.key)
-        assert entry is not None, f"group {group.key} is taken and not in the store"
+        """A group that is taken. Raises LedgerError: it is lost (`stale`); a learner that takes it anew gets another."""
+        try:
+            entry = self._state.store.get(group.key)
+        except OSError as error:
+            log.warning("group %s cannot be read: %s", group.key, error)
+            entry = None
+        if entry is None:
+            raise LedgerError("stale", f"group {group.key} is damaged: its step must be taken again")
         return entry
-
-    def _profile(self, group: Group) -> Profile:
-        entry = self._entry(group)
-        return entry.profile or Profile.of(entry.header)
 
     def _waits_for(self, now: float) -> str:
         state = self._state
@@ -172,10 +228,10 @@ class LearnerRequests:
         """Give payloads of taken groups."""
         payload: list[Buffer] = []
         for key in message.groups:
-            group, entry = self._state.ledger.groups.get(key), self._state.store.get(key)
-            if group is None or entry is None or group.state != State.TAKEN:
+            group = self._state.ledger.groups.get(key)
+            if group is None or group.state != State.TAKEN:
                 raise LedgerError("conflict", f"group {key} is not taken")
-            payload += entry.payload
+            payload += self._entry(group).payload
         self._state.meters.bytes_out += sum(len(part) for part in payload)
         self._outbox.reply(origin, Payloads(groups=message.groups), payload)
 
@@ -185,7 +241,9 @@ class LearnerRequests:
         trained = [g for g in state.ledger.taken.get(message.step, ()) if g.state == State.TAKEN]
         groups = state.ledger.commit(message.step, message.version)
         if groups:
-            state.meters.trained(message.step, [self._profile(group) for group in trained])
+            entries, _ = self._read(trained)
+            profiles = [entry.profile or Profile.of(entry.header) for entry in entries]
+            state.meters.trained(message.step, profiles)
             state.store.consumed([group.key for group in trained])
             self._committed = now
             self._log_step(message, groups, now)

@@ -2,7 +2,7 @@
 
     pending -> leased -> buffered -> taken(step) -> consumed(step)
                   |          |
-                  |          +-> pending again      (lease expired: too stale; rewound)
+                  |          +-> pending again      (lease expired: too stale; rewound; its payload was damaged)
                   +-> filtered(step)                (zero variance: counted in N or replaced, never sent)
                   +-> pending again or abandoned    (lease lost, handed back, void)
 
@@ -270,6 +270,32 @@ class Ledger(Books):
         if self.finished:
             self.close()
         return groups
+
+    def untake(self, step: int) -> None:
+        """A step could not be given after all: its groups, and those of later steps, are in the buffer again."""
+        for taken in sorted(later for later in self.taken if later >= step):
+            for group in self.taken.pop(taken):
+                back = State.FILTERED if group.state == State.FILTERED else State.BUFFERED
+                self._move(group, back, step=-1)
+
+    def lose(self, keys: Iterable[GroupId]) -> None:
+        """The payload of these groups is lost: where a step would still train on it, the question is asked again.
+
+        A group that is taken stays so: the learner may have it already.
+        """
+        for key in keys:
+            if (group := self.groups[key]).state == State.BUFFERED:
+                self._put_back(group, reason="damaged")
+
+    def catch_up(self, step: int) -> list[Group]:
+        """A checkpoint of `step` is there: commit the taken steps before it, whose commits were lost on the way.
+
+        The take was durable before the learner had it, and the checkpoint proves the training. Returns the groups;
+        none where the checkpoint is not ahead, or further ahead than what was taken.
+        """
+        if not self.step < step <= self.next_step:
+            return []
+        return [group for done in range(self.step, step) for group in self.commit(done, done + 1)]
 
     def close(self) -> None:
         """The run is over: what is left of the questions is too little for a step."""

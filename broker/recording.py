@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from broker.group import Group, Rules, State
+from broker.group import Group, LedgerError, Rules, State
 from broker.journal import Journal
 from broker.ledger import Ledger
 from broker.store import NOTHING, Entry
@@ -89,6 +89,10 @@ class RecordedLedger(Ledger):
     def sweep(self) -> list[GroupId]:
         """Nothing is too old: it was trained on."""
         return []
+
+    def lose(self, keys: Iterable[GroupId]) -> None:
+        """Nobody would sample it again. Raises LedgerError."""
+        raise LedgerError("conflict", f"the recording is damaged: {', '.join(map(str, keys))} cannot be read")
 
     def _choose(self) -> list[Group] | None:
         if self.next_step > self.last_step:

@@ -1,8 +1,8 @@
 """Append-only files of published groups: each group's frame and its payload, one after the other.
 
-Invariant: what `append` has written is read back byte for byte, or the read fails; what a crash or a full disk left
-half-written at the end of a file is never read, for `Place`s of it do not exist. A file is deleted when no group
-in it is held any more.
+Invariant: what `append` has written is read back byte for byte, or the read fails (a checksum; a crash of the machine
+without `fsync` leaves files that end early or hold zeros); what a crash or a full disk left half-written at the end
+of a file is never read, for `Place`s of it do not exist. A file is deleted when no group in it is held any more.
 
 Groups lie in files of their own because that is 6 x faster than BLOBs in SQLite (3,200 groups of 66 kB in commits
 of 16, one core: 2.2 GB/s against 0.36 GB/s).
@@ -11,13 +11,15 @@ of 16, one core: 2.2 GB/s against 0.36 GB/s).
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from broker.store import Buffer, Entry
 from common.files import to_disk
+from common.messages import GroupId
 
 SEGMENT_BYTES = 256 << 20
 READERS_KEPT = 16  # files open for reading
@@ -25,11 +27,20 @@ IOV_MAX = 512
 
 
 class Place(NamedTuple):
-    """Where a group lies: number of the file, offset in bytes, sizes in bytes of its frame and its three buffers."""
+    """Where a group lies: number of the file, offset in bytes, sizes in bytes of its frame and its three buffers.
+
+    `crc` is the CRC-32 of them all; it costs 18 us for 65 kB.
+    """
 
     segment: int
     start: int
     sizes: tuple[int, ...]
+    crc: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after it."""
+        return self.start + sum(self.sizes)
 
 
 class Segments:
@@ -81,7 +92,7 @@ class Segments:
         for entry in entries:
             parts = (entry.frame, *entry.payload)
             sizes = tuple([len(part) for part in parts])
-            places.append(Place(self._number, end, sizes))
+            places.append(Place(self._number, end, sizes, _checksum(parts)))
             buffers += parts
             end += sum(sizes)
         for first in range(0, len(buffers), IOV_MAX):
@@ -97,12 +108,13 @@ class Segments:
         self._end = self._start
 
     def read(self, place: Place) -> Entry:
-        """A group as it was written. Raises OSError if the file ends before it."""
+        """A group as it was written. Raises OSError if the file does not have it."""
         wanted = sum(place.sizes)
         data = os.pread(self._reader(place.segment), wanted, place.start)
-        if len(data) != wanted:
+        if len(data) != wanted or zlib.crc32(data) != place.crc:
             raise OSError(
-                f"{self._path(place.segment)} is damaged: {wanted} bytes at {place.start} are missing"
+                f"{self._path(place.segment)} is damaged: of the {wanted} bytes at {place.start} some are missing "
+                "or changed"
             )
         view, parts, start = memoryview(data), [], 0
         for size in place.sizes:
@@ -117,6 +129,11 @@ class Segments:
                 os.close(self._readers.popitem(last=False)[1])
         self._readers.move_to_end(segment)
         return self._readers[segment]
+
+    def missing(self, places: Mapping[GroupId, Place]) -> set[GroupId]:
+        """Groups that the files end before: a crash of the machine took what was not on the disk yet."""
+        ends = {segment: self._path(segment).stat().st_size for segment in self._numbers()}
+        return {key for key, place in places.items() if place.end > ends.get(place.segment, 0)}
 
     def hold(self, places: Iterable[Place]) -> None:
         """Groups at these places are kept."""
@@ -147,6 +164,13 @@ class Segments:
         for descriptor in [self._writer, *self._readers.values()]:
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def _checksum(parts: Iterable[Buffer]) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _write_all(descriptor: int, buffers: Sequence[Buffer]) -> None:

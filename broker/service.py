@@ -9,7 +9,6 @@ The loop calls `receive` for each message, then `settle` once, saves the store, 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -39,9 +38,8 @@ from common.messages import (
     Stop,
     Welcome,
 )
+from common.recipe.digest import sampling_digest
 from common.software import compatible, software_version
-
-log = logging.getLogger("slipstream.broker")
 
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
@@ -64,6 +62,7 @@ class Service:
         self.alarm = Alarm(state, self.ending, self.learner.waiting_since)
         self._draining: dict[str, str] = {}  # actors that are to leave, and why
         self._software = software_version()
+        self._sampling = sampling_digest(state.recipe)
         self._last_tick: float | None = None
         self._handlers: dict[str, Callable[..., None]] = {
             "heartbeat": self._heartbeat,
@@ -96,10 +95,8 @@ class Service:
             self._bad(origin, f"{message.kind}: {error}", now)
         except LedgerError as error:
             self.outbox.refuse(origin, error.code, str(error))
-        # Our own defect: it may cost its sender an answer, but not the run its broker.
         except Exception as error:
-            log.exception("a %s could not be answered", message.kind)
-            self.state.event(f"defect: a {message.kind} could not be answered: {error!r}", warning=True)
+            self.state.defect(message.kind, error)
             self.outbox.refuse(origin, "internal", f"{type(error).__name__}: {error}")
 
     def settle(self, now: float) -> None:
@@ -204,6 +201,10 @@ class Service:
         if reason := self._incompatible(hello):
             self.outbox.refuse(origin, "incompatible", reason)
             return
+        if hello.sampling not in (None, self._sampling):
+            reason = f"the run was resumed with another recipe than {hello.peer} samples by: it must be started again"
+            self.outbox.refuse(origin, "changed", reason)
+            return
         if reason := self._conflict(hello):
             self.outbox.refuse(origin, "conflict", reason)
             return
@@ -265,6 +266,7 @@ class Service:
             recipe=state.recipe.model_dump(mode="json"),
             folder=str(state.folder.resolve()),
             step=state.ledger.step,
+            next_step=state.ledger.next_step,
             version=state.ledger.version,
             era=state.ledger.era,
             weights=state.weights,

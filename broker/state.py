@@ -6,6 +6,7 @@ is learnt anew from the peers within a heartbeat.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from common.recipe.schema import Recipe
 from common.run_files import SPOOL
 from common.tasks.from_recipe import held_out_questions, training_questions
 from common.tracking.spool import Spool
+
+log = logging.getLogger("slipstream.broker")
 
 EVENTS_KEPT = 100
 
@@ -127,6 +130,11 @@ class RunState:
         entry = {"time": time.time(), "step": self.ledger.step, "text": text, "warning": warning}
         self.events.append(entry)
         self.spool.append("event", self.ledger.step, {"text": text, "warning": warning})
+
+    def defect(self, kind: str, error: Exception) -> None:
+        """Our own defect, while an exception is handled: it may cost a sender an answer, but not the run its broker."""
+        log.exception("a %s could not be answered", kind)
+        self.event(f"defect: a {kind} could not be answered: {error!r}", warning=True)
 
     def extra(self) -> dict[str, Any]:
         """What the journal keeps besides the ledger (plain types)."""

@@ -186,6 +186,8 @@ class GroupHeader(Part, frozen=True):
 class Hello(Message, frozen=True):
     """First message of a peer; `run` refuses to join any other run, `tokenizer` is a digest that must agree.
 
+    `sampling` is an actor's `common.recipe.digest.sampling_digest`: where the run was resumed with another recipe, the
+    answer is `changed`, and a fresh process joins with that one.
     `process` is random and one for all connections of a process (`common.wire` fills it in): a process number alone
     says little where each container counts from 1.
     """
@@ -197,6 +199,7 @@ class Hello(Message, frozen=True):
     pid: Count
     run: Name | None = None
     tokenizer: Name | None = None
+    sampling: Name | None = None
     process: Annotated[str, Meta(max_length=32)] = ""
 
 
@@ -300,7 +303,10 @@ class EvalResult(Message, frozen=True):
 
 
 class Rewind(Message, frozen=True):
-    """The learner starts (or starts again) from the checkpoint of `step`; opens a new era."""
+    """The learner starts (or starts again) from the checkpoint of `step`; opens a new era.
+
+    A checkpoint ahead of the commits proves that the steps before it, which were taken, are trained.
+    """
 
     step: Count
     version: Count
@@ -351,6 +357,7 @@ class Refused(Message, frozen=True):
         "malformed",
         "unknown_peer",
         "incompatible",
+        "changed",
         "not_now",
         "stale",
         "conflict",
@@ -369,12 +376,17 @@ class Ack(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The peer is in: the whole recipe, where the run stands, where weights come from."""
+    """The peer is in: the whole recipe, where the run stands, where weights come from.
+
+    Steps from `step` up to `next_step` (excluded) are taken and not committed: the checkpoint of a learner that has
+    trained them may be of `next_step`.
+    """
 
     run: Name
     recipe: dict[str, Any]
     folder: Text
     step: Count
+    next_step: Count
     version: Count
     era: Count
     weights: WeightsAddress | None

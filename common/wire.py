@@ -33,7 +33,7 @@ import zmq.asyncio
 from msgspec.structs import replace
 
 from common import keys as curve
-from common.codec import decode, encode
+from common.codec import MAX_HEADER_BYTES, decode, encode
 from common.errors import SlipstreamError, UserError
 from common.messages import Hello, MalformedMessage, Message, Refused, Welcome
 from common.software import software_version
@@ -155,6 +155,17 @@ def hello(role: Literal["actor", "learner", "observer"], peer: str, **more: Any)
     return Hello(role=role, peer=peer, **{**ours, **more})
 
 
+def _header(message: Message, number: int) -> bytes:
+    """The header frame of a request. Raises RefusedError: the broker would not take it, or never see it."""
+    frame = encode(message, number)
+    if len(frame) > MAX_HEADER_BYTES:
+        size = f"{len(frame)} bytes; at most {MAX_HEADER_BYTES} are accepted"
+        raise RefusedError(
+            Refused(code="malformed", reason=f"the {message.kind} was not sent: it has {size}")
+        )
+    return frame
+
+
 def _identified(hello: Hello) -> Hello:
     return hello if hello.process else replace(hello, process=PROCESS)
 
@@ -212,7 +223,7 @@ class Client:
             hold_s: seconds that the broker may hold this request before it answers (long poll).
 
         Raises:
-            RefusedError: the broker refused it. BrokerUnreachable: no answer in time.
+            RefusedError: the broker refused it, or it is too large. BrokerUnreachable: no answer in time.
         """
         with self._turn:
             return self._request(message, payload, timeout_s, hold_s)
@@ -221,9 +232,10 @@ class Client:
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
         number = next(self._numbers)  # the same at every attempt: a late answer is an answer
+        header = _header(message, number)
         while True:
             deadline = time.monotonic() + _attempt_seconds(started, timeout_s, hold_s)
-            self._send([encode(message, number), *payload], deadline)
+            self._send([header, *payload], deadline)
             reply = self._await(number, deadline)
             if reply is None:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
@@ -285,9 +297,10 @@ class AsyncClient:
         started = time.monotonic()
         notice = started + NOTICE_S + hold_s
         number = next(self._numbers)  # the same at every attempt: a late answer is an answer
+        frames = [_header(message, number), *payload]
         while True:
             attempt_s = _attempt_seconds(started, timeout_s, hold_s)
-            reply = await self._attempt(message, payload, number, attempt_s)
+            reply = await self._attempt(frames, number, attempt_s)
             if reply is None:
                 notice = _still_waiting(self._connected or self.address, message, started, timeout_s, notice)
                 self._connected = _follow(self._socket, self.address, self._connected)
@@ -301,14 +314,12 @@ class AsyncClient:
             else:
                 return reply
 
-    async def _attempt(
-        self, message: Message, payload: Buffers, number: int, timeout_s: float
-    ) -> Reply | None:
+    async def _attempt(self, frames: Buffers, number: int, timeout_s: float) -> Reply | None:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
             async with asyncio.timeout(timeout_s):
-                await self._socket.send_multipart([encode(message, number), *payload], copy=False)
+                await self._socket.send_multipart(frames, copy=False)
                 return await future
         except TimeoutError:
             return None

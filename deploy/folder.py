@@ -171,6 +171,8 @@ def check_unfinished(recipe: Recipe) -> None:
     if end is None or end.values.get("status") != "finished":
         return
     final = end.values["final"]
+    if (pinned := final.get("pinned")) is not None and pinned["step"] < final["step"]:
+        return  # its model was not saved: the disk was full, say
     done = f"'{recipe.folder}' finished at step {final['step']} of {final['steps_total']}"
     if recipe.run.steps <= final["step"]:
         raise UserError(f"{done}; raise run.steps to go on.", setting="run.steps")

@@ -42,7 +42,7 @@ log = logging.getLogger("slipstream.learner")
 
 POINTER = "latest.json"
 REMAINS = (".partial-*", ".deleted-*")  # of a crash
-SET_ASIDE = (".ahead-*", ".damaged-*")
+AHEAD, DAMAGED = ".ahead-", ".damaged-"  # of what was set aside
 # A change of these makes the saved state another model's or another layout's.
 BOUND_SETTINGS = (
     "model.path",
@@ -68,6 +68,9 @@ class Checkpoints:
     Args:
         folder: `checkpoints` in the run folder; on storage that all ranks share.
         recipe: kept with each checkpoint and compared on resume.
+
+    Attributes:
+        failures: checkpoints that could not be written since the last that could.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, ranks: Ranks) -> None:
@@ -87,7 +90,8 @@ class Checkpoints:
         One whose files were cut short is set aside. None where there is no checkpoint at all.
 
         Raises:
-            UserError: there are checkpoints, and none to go on from; nothing was deleted.
+            UserError: there are checkpoints, or were set aside, and none to go on from; nothing was deleted.
+            OSError: one cannot be read, and may be whole.
         """
         found = self.complete()
         for saved in reversed(found):
@@ -95,11 +99,12 @@ class Checkpoints:
                 continue
             if (damage := cut_short(saved.folder)) is None:
                 return saved
-            self._set_aside(saved, "damaged", damage)
-        if found:
+            self._set_aside(saved, DAMAGED, damage)
+        if found or self._aside(AHEAD) or self._aside(DAMAGED):
             raise UserError(
                 f"no checkpoint in {self.folder} can be continued: those up to step {at_most}, where the broker "
-                "stands, are damaged or missing. Move the others away to start again from the base model.",
+                f"stands, are damaged or missing. Rename a {DAMAGED}N that is whole after all to step-N, or start "
+                "the run anew with --fresh.",
                 setting="run.name",
             )
         return None
@@ -111,10 +116,18 @@ class Checkpoints:
         self._remove(REMAINS)
         for saved in self.complete():
             if saved.step > step:
-                self._set_aside(saved, "ahead", f"the run goes on from step {step}")
+                self._set_aside(saved, AHEAD, f"the run goes on from step {step}")
+
+    def _aside(self, why: str) -> list[Saved]:
+        """What was set aside, without an order."""
+        return [
+            Saved(int(number), path)
+            for path in self.folder.glob(f"{why}*")
+            if (number := path.name.removeprefix(why)).isdigit()
+        ]
 
     def _set_aside(self, saved: Saved, why: str, reason: str) -> None:
-        aside = saved.folder.with_name(f".{why}-{saved.step:06d}")
+        aside = saved.folder.with_name(f"{why}{saved.step:06d}")
         shutil.rmtree(aside, ignore_errors=True)
         saved.folder.rename(aside)
         log.warning("checkpoint %s is set aside as %s: %s", saved.folder.name, aside.name, reason)
@@ -149,6 +162,7 @@ class Checkpoints:
             log.debug("writing a checkpoint failed", exc_info=True)
             return self._give_up(partial, f"{type(error).__name__}: {error}")
         self._ranks.barrier()
+        self.failures = 0
         return Saved(step, target)
 
     def _complete(self, step: int, partial: Path, target: Path) -> None:
@@ -208,7 +222,7 @@ class Checkpoints:
             saved = Saved(step, self.folder / _folder_name(step))
             if (damage := damage_of(saved.folder)) is not None:  # on any rank: each reads its own shard
                 with suppress(FileNotFoundError):  # another rank was first
-                    self._set_aside(saved, "damaged", damage)
+                    self._set_aside(saved, DAMAGED, damage)
             raise
         if path is None:
             raise RunFailedError(f"the learner cannot load {self.folder / _folder_name(step)}")
@@ -231,7 +245,10 @@ class Checkpoints:
     # --- keeping ----------------------------------------------------------------------------------------
 
     def prune(self, accuracy: Mapping[int, float]) -> None:
-        """Delete all but the last n and the best, and what was set aside: a later checkpoint is safe.
+        """Delete all but the last n and the best, and what was set aside.
+
+        A checkpoint called damaged may be whole after all (a disk that failed for a while): it stays until one of
+        its step or later is safe.
 
         Args:
             accuracy: held-out accuracy by policy version, as far as evaluated.
@@ -245,7 +262,9 @@ class Checkpoints:
         for saved in complete:
             if saved.step not in keep:
                 self._delete(saved)
-        self._remove(SET_ASIDE)
+        passed = (saved for saved in self._aside(DAMAGED) if complete and saved.step <= complete[-1].step)
+        for saved in (*self._aside(AHEAD), *passed):
+            shutil.rmtree(saved.folder, ignore_errors=True)
 
     def _delete(self, saved: Saved) -> None:
         if saved.folder.exists():

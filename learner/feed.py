@@ -23,6 +23,7 @@ from common.errors import RunFailedError
 from common.messages import Batch, Fetch, GroupId, Take
 from common.wire import BrokerUnreachable, Client, RefusedError
 from learner.batch import Payload
+from learner.link import HistoryLost
 from learner.ranks import Ranks
 
 log = logging.getLogger("slipstream.learner")
@@ -87,6 +88,7 @@ class Feed:
 
         Raises:
             RunFailedError: the broker refused a request, or the batch cannot be trained on.
+            HistoryLost: the broker stands elsewhere, or has lost a group that it gave.
         """
         item = self._items.get()
         if isinstance(item, Exception):
@@ -116,7 +118,8 @@ class Feed:
         except _Closed:
             return
         except RefusedError as error:
-            self._items.put(RunFailedError(f"the broker refused the learner: {error}"))
+            kind = HistoryLost if error.code == "stale" else RunFailedError
+            self._items.put(kind(f"the broker refused the learner: {error}"))
         except Exception as error:  # handed to the training loop, which ends with it
             self._items.put(error)
 

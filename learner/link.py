@@ -3,7 +3,8 @@
 Invariant: a posted message is sent again until the broker has answered it, and before any message posted after
 it; an outage of the broker costs nothing but time (I4). A refusal, or whatever else ends the thread, is kept as
 `failure` and ends the run.
-Heartbeats go the same way; their answers bring the broker's command.
+Heartbeats go the same way; their answers bring the broker's command. They go on while a message waits for an answer
+(the broker's disk is full, say): else nobody could stop the run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ GOODBYE_S = 2.0
 
 
 class HistoryLost(SlipstreamError):  # noqa: N818 - a state of the world, not a defect
-    """The broker is in another era than we are; a restarted learner rewinds and goes on."""
+    """The broker stands elsewhere than we do; a restarted learner rewinds and goes on."""
 
 
 class BrokerLink:
@@ -53,6 +54,7 @@ class BrokerLink:
         self._outbox: queue.Queue[Message] = queue.Queue()
         self._closing = threading.Event()
         self._asking = threading.Event()
+        self._due = time.monotonic()  # the next heartbeat
         self._telemetry = Telemetry()
         self._stacks = StackAnswers()
         self._on_actors: Callable[[set[str]], None] = lambda living: None
@@ -137,22 +139,26 @@ class BrokerLink:
             self.failure = error
 
     def _work(self) -> None:
-        due = time.monotonic()
         while not self._closing.is_set() and self.failure is None:
             try:
-                message = self._outbox.get(timeout=max(0.0, min(0.2, due - time.monotonic())))
+                message = self._outbox.get(timeout=max(0.0, min(0.2, self._due - time.monotonic())))
             except queue.Empty:
                 message = None
             if message is not None:
                 self._deliver(message)
                 self._outbox.task_done()
-            if time.monotonic() >= due:
-                due = time.monotonic() + self._heartbeat_s
-                self._beat()
+            if self._beat_when_due():
                 self._ask_status()
 
+    def _beat_when_due(self) -> bool:
+        if time.monotonic() < self._due:
+            return False
+        self._due = time.monotonic() + self._heartbeat_s
+        self._beat()
+        return True
+
     def _deliver(self, message: Message) -> None:
-        while not self._closing.is_set():
+        while not self._closing.is_set() and self.failure is None:
             try:
                 self._take_in(self._client.request(message, timeout_s=ATTEMPT_S).message)
                 return
@@ -165,6 +171,7 @@ class BrokerLink:
                     return
                 log.warning("%s; the learner keeps %s and tries again", error, message.kind)
                 self._closing.wait(1.0)
+            self._beat_when_due()
 
     def _beat(self) -> None:
         state, waiting_for, since = self._state

@@ -1,8 +1,8 @@
 """The learner process: take, train, push, commit, checkpoint; again and again.
 
 Invariants: the learner never dies because the broker is away: it waits, says so, and sends again (I4). All ranks
-take every decision alike. After a restart it continues from the newest checkpoint that the broker's ledger knows
-of, and says so (`rewind`), so that no question is trained on twice in the history that survives (I2).
+take every decision alike. After a restart it continues from the newest checkpoint whose steps the broker's ledger has
+given out, and says so (`rewind`), so that no question is trained on twice in the history that survives (I2).
 
     take(s) -> train -> publish version s + 1 -> commit(s) -> now and then: checkpoint, pin(s + 1)
 
@@ -14,6 +14,7 @@ waits for data and for nothing else.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from functools import partial
@@ -55,6 +56,8 @@ ATTEMPT_S = 5.0
 DELIVER_S = 10.0  # to bring the ledger up to date before a checkpoint
 LEAVE_S = 3.0
 POLL_S = 0.2
+SAVE_AGAIN_S = 30.0  # between attempts at the last checkpoint
+NO_ROOM = "waiting for disk space"  # the state that `broker.explain` knows
 
 
 class _Stopped(Exception):  # noqa: N818 - an order, not a defect
@@ -220,7 +223,7 @@ class Learner:
                     setting="run.root",
                 )
             return None
-        saved = checkpoints.to_resume(self._welcome.step)
+        saved = checkpoints.to_resume(self._welcome.next_step)
         if saved is None:
             log.warning("there is no checkpoint: starting from the base model")
         return saved
@@ -249,7 +252,10 @@ class Learner:
             reason = self._loop()
             saved = self._checkpoint()
             if reason == "finished":
-                reason = self._wait_for_the_end()
+                saved = saved or self._insist_on_a_checkpoint()
+                reason = (
+                    self._wait_for_the_end() if saved else "stopped: there is no checkpoint of the last step"
+                )
             self._feed.close()
         except Exception as error:
             reason = f"failed: {error}"
@@ -333,7 +339,7 @@ class Learner:
     def _checkpoint(self) -> Saved | None:
         self._be("checkpointing")
         with self._clock("checkpointing"):
-            # A checkpoint ahead of the ledger cannot be resumed from: then those before it must stay.
+            # A broker that lost its history may not know of the steps of this one: then those before it must stay.
             told = self._link is not None and self._link.flush(DELIVER_S)
             saved = self._checkpoints.save(self._engine, self._step, self._export)
             if saved is not None and self._link is not None:
@@ -344,13 +350,32 @@ class Learner:
                     self._checkpoints.prune(self._link.accuracy)
         return saved
 
+    def _insist_on_a_checkpoint(self) -> Saved | None:
+        """Try again until there is room: the last checkpoint is the run's model. None when a signal came first."""
+        saved = None
+        while saved is None and not self._ranks.any(self._stop.received):
+            self._be(NO_ROOM, f"room for the last checkpoint in {self._checkpoints.folder}")
+            due = time.monotonic() + SAVE_AGAIN_S
+            while not self._ranks.any(self._stop.received or time.monotonic() >= due):
+                if self._link is not None:
+                    self._link.check()
+                time.sleep(POLL_S)
+            saved = self._checkpoint()
+        return saved
+
     def _export(self, folder: Path) -> None:
         export_model(self._engine, self._push.whole_model(self._engine), self._tokenizer, folder)
 
     def _wait_for_the_end(self) -> str:
-        """Serve the final weights until the last evaluation is in: the broker says when."""
+        """Serve the final weights until the last evaluation is in: the broker says when.
+
+        It has its time from when it knows of the last step.
+        """
         self._be("serving the final weights", "the end of the run")
-        deadline = time.monotonic() + self._recipe.broker.final_eval_s + self._recipe.broker.dead_after_s
+        patience = self._recipe.broker.final_eval_s + self._recipe.broker.dead_after_s
+        told, deadline = self._link is None, math.inf
         while not self._told_to_stop() and not self._ranks.any(time.monotonic() > deadline):
+            if not told and (told := self._link.flush(0.0)):
+                deadline = time.monotonic() + patience
             time.sleep(POLL_S)
         return "finished"

@@ -155,7 +155,7 @@ LEARNER = (
     ("seconds_checkpointing", "s", "writing checkpoints and exports"),
     ("idle_share", "share", "seconds_waiting / sum of the four"),
     ("tokens_per_s", "tokens/s", "prompt and response tokens trained / seconds_training, all ranks"),
-    ("checkpoint_failures", "checkpoints", "so far: those that a full disk prevented"),
+    ("checkpoint_failures", "checkpoints", "that a full disk prevented since the last that was written"),
     ("push_version", "versions", "newest version offered to the actors"),
     ("push_pushes", "pushes", "so far: versions sent"),
     ("push_links", "links", "actors connected for weights"),

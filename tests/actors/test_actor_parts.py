@@ -124,6 +124,13 @@ class TestEvaluation:
         assert sum(row.greedy.text is not None for row in result.rows) == TEXTS_PER_SET
         assert weights.pins == 0
 
+    def test_what_is_kept_of_the_texts_does_not_grow_with_the_answers(self, monkeypatch):
+        """All answers travel in one message: 32 samples of 32k tokens would never arrive."""
+        monkeypatch.setattr("actors.evaluation.TEXT_CHARS", 2)
+        first = asyncio.run(self.evaluator(FakeWeights()).answer(self.job(1, samples=3))).rows[0]
+        assert len(first.greedy.text) == 2
+        assert [answer.text and len(answer.text) for answer in first.sampled] == [2, None, None]
+
     def test_weights_are_pinned_for_generation_only(self):
         weights = FakeWeights()
         pins: list[int] = []

@@ -152,6 +152,23 @@ def test_a_restart_of_the_broker_takes_the_answer_of_the_actor_that_has_the_job(
     assert restored.waiting is None
 
 
+def test_a_restart_loses_no_result_to_an_older_job_that_is_still_open() -> None:
+    evaluations = schedule(every=4)
+    evaluations.at(4, final=False)
+    slow = evaluations.grant("slow", 4, 0.0)
+    evaluations.at(8, final=True)
+    final = evaluations.grant("fast", 8, 1.0)
+    answered(evaluations, final, 8)
+    restored = schedule()
+    restored.restore(json.loads(json.dumps(evaluations.state())), evaluations.results)
+    assert restored.settled
+    assert (restored.waiting.job, restored.waiting.requested) == (slow.job, 4)
+    answered(restored, slow, 4)
+    assert [entry["version"] for entry in restored.history] == [8, 4]
+    restored.at(12, final=True)
+    assert restored.waiting.job not in (slow.job, final.job)
+
+
 def test_results_are_saved_once_and_outlive_a_restart(tmp_path: Path) -> None:
     """A save at each commit must not write the history of the whole run again."""
     held = tmp_path / "held.jsonl"

@@ -35,6 +35,8 @@ HEALTHY: dict[str, Any] = {
         "learner": peer("learner", state="training"),
     },
     "waits": [],
+    "train": {"checkpoint_failures": 0.0},
+    "pinned": None,
     "leases": {"count": 12},
     "rates": {"actor_tokens_per_s": 1234.5},
     "no_progress": {"stalled": False, "seconds": 1.0, "stacks": None},
@@ -67,6 +69,24 @@ def test_slow_actors() -> None:
     assert said(waits=[wait]) == [
         "the learner waits for actor-0, actor-1: 5 groups are missing, 12 in flight, actors make 1,234 tokens/s (42 s)"
     ]
+
+
+def test_checkpoints_that_cannot_be_written() -> None:
+    failing = {"train": {"checkpoint_failures": 2.0}, "pinned": {"step": 4, "path": "x"}}
+    assert said(**failing) == [
+        "checkpoints cannot be written (2 in a row): free some space; a learner that dies goes back to step 4"
+    ]
+    room = {"state": "waiting for disk space", "waiting_for": "room for the last checkpoint in /run"}
+    for evaluation_open in (True, False):
+        assert said(
+            **failing,
+            finished=True,
+            evaluation_open=evaluation_open,
+            peers={"learner": room | {"waiting_s": 61.0}},
+        ) == [
+            "the learner waits for room for the last checkpoint in /run: free some space, and the run ends by itself "
+            "(1 min 1 s)"
+        ]
 
 
 def test_a_wait_that_belongs_to_every_step_is_not_said() -> None:

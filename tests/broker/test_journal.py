@@ -217,9 +217,28 @@ def test_a_damaged_segment_is_an_error_and_not_wrong_data(tmp_path: Path) -> Non
     ledger, journal = Ledger(RULES), Journal(tmp_path)
     groups = fill(ledger, journal, 2)
     journal.save(ledger, None)
-    os.truncate(segments(tmp_path)[0], 5000)
+    with segments(tmp_path)[0].open("r+b") as file:
+        file.seek(5000)
+        file.write(bytes(100))
+    again = Journal(tmp_path)
+    assert again.get(groups[0].key) is not None
     with pytest.raises(OSError, match="is damaged"):
-        Journal(tmp_path).get(groups[1].key)
+        again.get(groups[1].key)
+
+
+def test_groups_beyond_the_end_of_a_file_are_pending_again(tmp_path: Path) -> None:
+    ledger, journal = Ledger(RULES), Journal(tmp_path)
+    groups = fill(ledger, journal, 2)
+    journal.save(ledger, None)
+    os.truncate(segments(tmp_path)[0], 5000)
+    again = Journal(tmp_path)
+    restored = again.load(RULES)
+    assert [restored.groups[g.key].state for g in groups] == [State.BUFFERED, State.PENDING]
+    assert [again.kept(g.key) for g in groups] == [True, False]
+    assert restored.counts()["sum_ok"]
+    assert restored.abandoned == {"damaged": 1}
+    again.save(restored, None)
+    assert Journal(tmp_path).load(RULES).groups == restored.groups, "once and for all"
 
 
 def test_a_journal_belongs_to_its_run(tmp_path: Path) -> None:

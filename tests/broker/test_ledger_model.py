@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,7 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from broker.group import Facts, Rules, State
+from broker.group import Facts, LedgerError, Rules, State
 from broker.journal import Journal
 from broker.ledger import Ledger
 from broker.store import Entry
@@ -258,9 +259,46 @@ class LedgerModel(HonestModel):
                 self.ledger.renew(name, [key for key, *_ in actor.leases], self.now)
         self.ledger.tick(self.now, lambda name: name in self.actors)
 
+    @precondition(lambda self: self.in_hand)
+    @rule(data=st.data())
+    def a_taken_group_cannot_be_read(self, data: st.DataObject) -> None:
+        """Its step, and those after it, are undone, and its question is asked again."""
+        step = data.draw(st.sampled_from(sorted(self.in_hand)))
+        groups = self.ledger.taken[step]
+        lost = data.draw(st.sampled_from([group.key for group in groups]))
+        published = self.ledger.groups[lost].state == State.TAKEN
+        self.ledger.untake(step)
+        self.ledger.lose([lost])
+        for later in [later for later in self.in_hand if later >= step]:
+            del self.in_hand[later]
+        assert self.ledger.next_step == step
+        assert (self.ledger.groups[lost].state == State.PENDING) is published
+
+    @rule(ahead=st.integers(1, 3), kept=st.booleans())
+    def rewind_to_a_checkpoint_ahead(self, ahead: int, kept: bool) -> None:
+        """The commits of its steps were lost: what was taken for them counts as trained, what was not is refused."""
+        step = self.ledger.step + ahead
+        if step > self.ledger.next_step:
+            before = copy.deepcopy((self.ledger.meta(), self.ledger.groups))
+            assert self.ledger.catch_up(step) == []
+            with pytest.raises(LedgerError, match="is ahead of this broker's ledger"):
+                self.ledger.rewind(step, step, lambda key: kept)
+            assert (self.ledger.meta(), self.ledger.groups) == before
+            return
+        steps = [self.in_hand.pop(done) for done in range(self.ledger.step, step)]
+        groups = self.ledger.catch_up(step)
+        assert [group.key for group in groups] == [key for keys in steps for key in keys]
+        self.trained += [[(key, self.ledger.groups[key].oldest) for key in keys] for keys in steps]
+        if self.journal:
+            self.journal.consumed(group.key for group in groups if group.state == State.CONSUMED)
+        assert self.ledger.step == step
+        self._rewind(step, kept)
+
     @rule(back=st.integers(0, 4), kept=st.booleans())
     def rewind(self, back: int, kept: bool) -> None:
-        step = max(0, self.ledger.step - back)
+        self._rewind(max(0, self.ledger.step - back), kept)
+
+    def _rewind(self, step: int, kept: bool) -> None:
         keeps = self.journal.kept if self.journal else lambda key: kept
         self.ledger.rewind(step, step, keeps)
         self.policies = {(era, version) for era, version in self.policies if version <= step}

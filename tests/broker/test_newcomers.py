@@ -14,6 +14,8 @@ from broker.main import serve
 from common import wire
 from common.errors import UserError
 from common.messages import Drain, Goodbye, Heartbeat, Hello, Lease, Pulse, StatusQuery
+from common.recipe import Recipe
+from common.recipe.digest import sampling_digest
 from common.software import compatible
 from common.wire import Client, RefusedError
 from tests.scripted.broker import running_broker, scripted_recipe
@@ -56,6 +58,34 @@ def test_an_actor_of_another_version_is_refused(tmp_path: Path) -> None:
             "this broker is Slipstream 0.1.0 and actor-0 on node7 is 0.2.0: install the same version there"
         )
         assert "actor-0" not in status(address)["peers"]
+
+
+@pytest.mark.parametrize(
+    ("now", "code"),
+    [
+        ({"rollout": {"temperature": 0.3}}, "changed"),
+        ({"data": {"template": "Q: {question} A:"}}, "changed"),
+        ({"verifier": {"level": "full"}}, "changed"),
+        ({"run": {"steps": 9}, "data": {"max_epochs": 3}, "learner": {"lr": 1.0}}, None),
+    ],
+)
+def test_an_actor_that_samples_by_the_recipe_of_before_is_sent_for_a_fresh_one(
+    tmp_path: Path, now: dict, code: str | None
+) -> None:
+    """It outlived a stop; the run was resumed with another recipe, and its groups would be another policy's (I6)."""
+    with running_broker(scripted_recipe(tmp_path, broker={"durability": "journal"})) as address:
+        client = Client(address, hello("actor-0"))
+        before = Recipe.model_validate(client.connect(10.0).recipe)
+        client.close()
+    resumed = scripted_recipe(tmp_path, **{"broker": {"durability": "journal"}, **now})
+    with running_broker(resumed, resume=True) as address:
+        old = hello("actor-0", sampling=sampling_digest(before))
+        if code is None:
+            client = Client(address, old)
+            assert client.connect(10.0).resumed
+            client.close()
+        else:
+            assert refusal(address, old).code == code
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,33 @@ def test_nobody_there_is_said_in_time() -> None:
     client.close()
 
 
+@pytest.mark.parametrize("kind", [wire.Client, wire.AsyncClient])
+def test_a_message_that_the_broker_would_not_take_is_refused_here(kind: type) -> None:
+    """Larger than the broker's socket takes, it would never be answered, and all others would wait behind it."""
+    rows = [
+        m.EvalRow(
+            set="s",
+            uid="u",
+            greedy=m.Scored(verdict="wrong", reward=0.0, tokens=1, text="x" * 2**20),
+            sampled=[],
+        )
+    ]
+    large = m.EvalResult(job=1, version=0, era=0, rows=rows * 16, seconds=1.0)
+
+    async def ask() -> None:
+        client = kind("127.0.0.1:9", HELLO)
+        try:
+            answer = client.request(large, timeout_s=None)
+            if kind is wire.AsyncClient:
+                await answer
+        finally:
+            client.close()
+
+    with pytest.raises(wire.RefusedError, match="the eval_result was not sent: it has 16778") as caught:
+        asyncio.run(ask())
+    assert caught.value.code == "malformed"
+
+
 @losing
 def test_async_requests_are_answered_out_of_order(start: Callable[[Handler], TinyBroker]) -> None:
     lost: list[m.Message] = []

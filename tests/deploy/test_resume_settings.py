@@ -149,3 +149,14 @@ def test_a_finished_run_goes_on_only_where_there_is_something_to_do(
         check_unfinished(recipe)
     spool.append("event", done[0], {"text": "it went on", "warning": False})
     check_unfinished(recipe)
+
+
+def test_a_finished_run_whose_model_was_not_saved_goes_on(tmp_path: Path) -> None:
+    recipe = scripted_recipe(tmp_path)
+    folder = prepare(recipe, resume=False, fresh=False)
+    for pinned, said in ((4, nullcontext()), (5, pytest.raises(UserError, match="finished at step 5"))):
+        final = {"step": 5, "steps_total": 5, "pinned": {"step": pinned, "path": "x"}}
+        end = {"status": "finished", "reason": "finished", "final": final}
+        Spool(folder / SPOOL).append("end", 5, end)
+        with said:
+            check_unfinished(recipe)

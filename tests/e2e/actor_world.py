@@ -141,6 +141,7 @@ class ScriptedBroker:
             recipe=self.recipe,
             folder="",
             step=0,
+            next_step=0,
             version=0,
             era=0,
             weights=None,

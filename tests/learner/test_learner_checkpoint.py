@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from common.errors import UserError
-from learner import checkpoint
+from learner import checkpoint, main
 from learner.checkpoint import Checkpoints, Saved, best
-from learner.main import Learner
+from learner.durable import damage_of
+from learner.main import NO_ROOM, Learner
 from learner.metrics import Clock
 from learner.ranks import Ranks
 from learner.schedule import lr_factor
@@ -78,8 +81,46 @@ def test_a_checkpoint_that_was_cut_short_is_set_aside_for_the_one_before(checkpo
     assert checkpoints.to_resume(10).step == 2
     assert (checkpoints.folder / ".damaged-000004" / "shard.pt").exists()
     os.truncate(checkpoints.folder / "step-000002" / "shard.pt", 0)
-    with pytest.raises(UserError, match="damaged or missing"):
-        checkpoints.to_resume(10)
+    for _ in range(2):  # also when all are set aside: the base model would cost the whole run
+        with pytest.raises(UserError, match="damaged or missing"):
+            checkpoints.to_resume(10)
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_what_cannot_be_read_just_now_is_not_called_damaged(checkpoints, engine, monkeypatch, when):
+    """A disk that answers EIO for a while, a mount that is stale: the files may be whole."""
+    checkpoints.save(engine, 2, lambda _: None)
+    shard = checkpoints.folder / "step-000002" / "shard.pt"
+    content = shard.read_bytes()
+    if when == "opened":
+        shard.unlink()
+        shard.symlink_to(shard)  # too many levels of symbolic links
+    else:
+
+        def broken(file: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("zipfile._EndRecData", broken)
+    for look in (checkpoints.to_resume, lambda _: damage_of(shard.parent)):
+        with pytest.raises(OSError, match=r"symbolic links|Input/output error"):
+            look(2)
+    assert steps(checkpoints) == [2]
+    monkeypatch.undo()
+    shard.unlink()
+    shard.write_bytes(content)
+    assert checkpoints.to_resume(2).step == 2
+    assert damage_of(shard.parent) is None
+
+
+def test_a_checkpoint_that_was_called_damaged_stays_until_a_later_one_is_safe(checkpoints, engine):
+    for step in (2, 4):
+        checkpoints.save(engine, step, lambda _: None)
+    os.truncate(checkpoints.folder / "step-000004" / "shard.pt", 10)
+    assert checkpoints.to_resume(4).step == 2
+    for step, kept in ((3, True), (4, False)):
+        checkpoints.save(engine, step, lambda _: None)
+        checkpoints.prune({})
+        assert (checkpoints.folder / ".damaged-000004").exists() is kept
 
 
 @pytest.mark.parametrize("damaged", [True, False])
@@ -198,6 +239,79 @@ def test_nothing_is_pruned_that_the_ledger_may_need(checkpoints, engine, monkeyp
     learner._engine, learner._step, learner._export = engine, 4, lambda folder: None
     learner._checkpoint()
     assert steps(checkpoints) == ([3, 4] if broker_there else [1, 2, 3, 4])
+
+
+class Link:
+    """Stands for the learner's line to the broker; `when_waiting` is called when it says that it waits for room."""
+
+    command, accuracy = "run", {}
+
+    def __init__(self, when_waiting) -> None:
+        self.when_waiting, self.left = when_waiting, None
+
+    def be(self, state, waiting_for):
+        if state == NO_ROOM:
+            self.when_waiting()
+
+    def flush(self, seconds):
+        self.command = "stop"  # the broker knows of the last step, and its evaluation is in
+        return True
+
+    def close(self, reason, flush_s):
+        self.left = reason
+        return True
+
+    def post(self, message):
+        pass
+
+    check = ask_accuracy = lambda self: None
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_no_run_is_finished_without_its_last_checkpoint(checkpoints, engine, monkeypatch, freed):
+    """The disk is full when the last step is done: the learner waits for room, or for a signal."""
+    monkeypatch.setattr(main, "SAVE_AGAIN_S", 0.0)
+    monkeypatch.setattr(main, "leave_ranks", lambda ranks: None)
+    stop = SimpleNamespace(received=False)
+
+    def somebody_acts() -> None:
+        engine.deepspeed.fails = None if freed else OSError(28, "No space left on device")
+        stop.received = not freed
+
+    learner = Learner.__new__(Learner)
+    link = learner._link = Link(somebody_acts)
+    learner._recipe, learner._clock, learner._checkpoints, learner._ranks = (
+        checkpoints._recipe,
+        Clock(),
+        checkpoints,
+        ALONE,
+    )
+    learner._engine, learner._stop, learner._export = engine, stop, lambda folder: None
+    learner._step, learner._loop = 6, lambda: "finished"
+    learner._feed = learner._push = engine.deepspeed
+    engine.close = engine.deepspeed.close = lambda: None
+    engine.deepspeed.fails = OSError(28, "No space left on device")
+    assert learner.run() == (0 if freed else 1)
+    assert steps(checkpoints) == ([6] if freed else [])
+    assert link.left == ("finished" if freed else "stopped: there is no checkpoint of the last step")
+    assert checkpoints.failures == (0 if freed else 2)
+
+
+def test_the_broker_has_its_time_to_evaluate_from_when_it_knows_of_the_last_step(monkeypatch):
+    """Away when the last step was done: the learner would be gone with its commit."""
+    answers = [False] * 3 + [True] * 100
+    learner = Learner.__new__(Learner)
+    learner._link = SimpleNamespace(
+        check=lambda: None, command="run", be=lambda *said: None, flush=lambda seconds: answers.pop(0)
+    )
+    learner._recipe, learner._ranks = tiny_recipe(broker={"final_eval_s": 50.0, "dead_after_s": 10.0}), ALONE
+    learner._stop = SimpleNamespace(received=False)
+    clock = itertools.count(0.0, 25.0)
+    monkeypatch.setattr(
+        main, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+    )
+    assert learner._wait_for_the_end() == "finished"
+    assert answers == [True] * 99, "asked until it knew"
 
 
 def test_best_is_the_later_of_equals_and_needs_an_evaluation():

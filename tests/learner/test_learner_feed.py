@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.messages import Batch, Fetch, GroupId, Message, Payloads, Take
-from common.wire import BrokerUnreachable, Reply
+from common.errors import RunFailedError
+from common.messages import Batch, Fetch, GroupId, Message, Payloads, Refused, Take
+from common.wire import BrokerUnreachable, RefusedError, Reply
 from learner.feed import PATIENCE_S, Feed, Ready, Waiting
+from learner.link import HistoryLost
 from learner.ranks import Ranks
 
 GROUPS = [GroupId(0, i) for i in range(100)]
@@ -36,6 +38,22 @@ class SlowBroker:
 
     def close(self) -> None:
         pass
+
+
+@pytest.mark.parametrize(("code", "kind"), [("stale", HistoryLost), ("conflict", RunFailedError)])
+def test_a_group_that_the_broker_has_lost_is_cured_by_a_restart(code: str, kind: type[Exception]) -> None:
+    class Forgetful(SlowBroker):
+        def request(self, message: Message, *, timeout_s: float, hold_s: float = 0.0) -> Reply:
+            if isinstance(message, Fetch):
+                raise RefusedError(Refused(code=code, reason="why"))
+            return super().request(message, timeout_s=timeout_s, hold_s=hold_s)
+
+    feed = Feed(
+        Forgetful(0.0), Ranks(0, 1, torch.device("cpu")), 0, 1, lambda batch: GROUPS, lambda *parts: None
+    )
+    with pytest.raises(kind, match="why"):
+        feed.next()
+    feed.close()
 
 
 @pytest.mark.parametrize("seconds_each", [0.0, PATIENCE_S / 20, PATIENCE_S])

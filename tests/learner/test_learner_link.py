@@ -94,6 +94,23 @@ def test_what_the_evaluations_found_is_asked_for_once_and_holds_up_no_commit(con
     until(lambda: link.accuracy == {0: 0.25, 4: 0.5}, "the answer")
 
 
+def test_a_stop_is_heard_while_the_broker_takes_nothing_in(connect) -> None:
+    """Its disk is full: a commit is refused again and again."""
+    full = Refused(code="full", reason="the broker's disk is full")
+    stop = msgspec.structs.replace(PULSE, command="stop")
+    broker = Broker(lambda message: stop if isinstance(message, Heartbeat) else full)
+    link = connect(broker)
+    link.post(Pin(step=0, path="x"))
+    until(lambda: any(isinstance(message, Pin) for message in broker.heard), "the message")
+    first = next(i for i, message in enumerate(broker.heard) if isinstance(message, Pin))
+    until(
+        lambda: any(isinstance(m, Heartbeat) for m in broker.heard[first:]),
+        "a heartbeat between two attempts",
+    )
+    until(lambda: link.command == "stop", "the order")
+    assert not link.flush(0.0)
+
+
 def test_a_refusal_ends_the_run_with_its_reason(connect) -> None:
     link = connect(
         Broker(lambda m: Refused(code="conflict", reason="no such step") if m.kind == "pin" else PULSE)
