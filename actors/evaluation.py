@@ -44,13 +44,18 @@ class Answers(NamedTuple):
 
 
 class Evaluator:
-    """Answers evaluation jobs with the running engine."""
+    """Answers evaluation jobs with the running engine.
+
+    Attributes:
+        answered: questions answered and scored so far.
+    """
 
     def __init__(
         self, engine: Engine, prompts: Prompts, scorer: Scorer, policy: Policy, weights: Weights
     ) -> None:
         self._engine, self._prompts, self._scorer = engine, prompts, scorer
         self._policy, self._weights = policy, weights
+        self.answered = 0
 
     async def answer(self, job: EvalJob) -> EvalResult:
         """Greedy and sampled answers to every question, scored."""
@@ -92,6 +97,7 @@ class Evaluator:
             return EvalRow(set=question.set, uid=question.uid, greedy=TOO_LONG, sampled=[])
         samples = [answers.greedy, *answers.sampled]
         scores = await self._scorer.evaluate(question.question, samples)
+        self.answered += 1
         pairs = zip(samples, scores, strict=True)
         rows = [scored(sample, score, keep_text=keep_text) for sample, score in pairs]
         return EvalRow(set=question.set, uid=question.uid, greedy=rows[0], sampled=rows[1:])

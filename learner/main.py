@@ -187,7 +187,7 @@ class Learner:
         self._restore(resume)
         reference = load_reference(recipe, self._ranks.device) if objective.needs_reference else None
         self._objective = objective
-        self._policy_step = PolicyStep(self._engine, objective, reference)
+        self._policy_step = PolicyStep(self._engine, objective, reference, lambda: self._be("training"))
         if self._told_to_stop():  # nothing is trained yet, and the broker may have left
             raise _Stopped
         self._serve()

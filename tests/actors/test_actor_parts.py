@@ -13,12 +13,14 @@ from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
 from actors import main as actor_main
 from actors import rollout as rollout_module
 from actors.actor import Actor
+from actors.engine import Engine
 from actors.evaluation import TEXTS_PER_SET, Evaluator
 from actors.heart import Heart
 from actors.leaving import Leaving
 from actors.meters import Meters
 from actors.policy import Policy
 from actors.scoring import Score, Scorer
+from common import systemd
 from common.errors import RunFailedError
 from common.messages import (
     Ack,
@@ -117,10 +119,12 @@ class TestEvaluation:
 
     def test_answers_every_question_in_order_at_the_pinned_version(self):
         weights = FakeWeights(version=6)
-        result = asyncio.run(self.evaluator(weights).answer(self.job(10)))
+        evaluator = self.evaluator(weights)
+        result = asyncio.run(evaluator.answer(self.job(10)))
         assert (result.job, result.version, result.era) == (9, 6, 2)
         assert [row.uid for row in result.rows] == [str(i) for i in range(10)]
         assert [len(row.sampled) for row in result.rows] == [2] * 10
+        assert evaluator.answered == 10
         assert sum(row.greedy.text is not None for row in result.rows) == TEXTS_PER_SET
         assert weights.pins == 0
 
@@ -160,7 +164,7 @@ class TestHeart:
         async def on_pulse(pulse):
             pulses.append(pulse)
 
-        heart = Heart(Wire(), 0.0, lambda: Heartbeat(state="generating"), on_pulse)
+        heart = Heart(Wire(), 0.0, lambda: Heartbeat(state="generating"), on_pulse, int)
         with pytest.raises(RefusedError):
             asyncio.run(heart.beat())
         return pulses
@@ -185,7 +189,8 @@ class TestHeart:
             pass
 
         async def twice():
-            heart = Heart(Wire(), 1e6, lambda: Heartbeat(state="generating", version=len(beats)), on_pulse)
+            beat = lambda: Heartbeat(state="generating", version=len(beats))  # noqa: E731
+            heart = Heart(Wire(), 1e6, beat, on_pulse, int)
             task = asyncio.create_task(heart.beat())
             while len(beats) < 3:
                 await asyncio.sleep(0)
@@ -194,6 +199,38 @@ class TestHeart:
 
         asyncio.run(asyncio.wait_for(twice(), 30))
         assert [beat.version for beat in beats][:3] == [0, 1, 2]
+
+    @pytest.mark.parametrize("samples", [True, False])
+    def test_a_slow_group_is_progress_and_an_engine_that_samples_nothing_is_not(self, samples, monkeypatch):
+        """Under systemd: responses of half an hour are no reason to kill who samples them."""
+        clock = [0.0]
+        monkeypatch.setattr(systemd, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        shut_out = RefusedError(Refused(code="shut_out", reason="over"))
+        running: dict[str, SimpleNamespace] = {}
+        engine = Engine.__new__(Engine)
+        engine.llm = SimpleNamespace(output_processor=SimpleNamespace(request_states=running))
+
+        class Wire:
+            async def request(self, message, **_):
+                clock[0] += 100.0
+                if samples:
+                    tokens = int(clock[0])
+                    running["r0"] = SimpleNamespace(
+                        detokenizer=SimpleNamespace(num_output_tokens=lambda: tokens)
+                    )
+                if clock[0] > 3000.0:
+                    raise shut_out
+                return Reply(Pulse(step=1, version=1, era=0, weights=None, command="run"), [])
+
+        async def on_pulse(_):
+            pass
+
+        telemetry = {"generated_tokens": 0.0}
+        beat = Heartbeat(state="generating", telemetry=telemetry)
+        heart = Heart(Wire(), 0.0, lambda: beat, on_pulse, lambda: engine.running_tokens)
+        with pytest.raises(RefusedError):
+            asyncio.run(heart.beat())
+        assert heart._progress() is samples
 
 
 class TestLeaving:
