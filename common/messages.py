@@ -359,7 +359,10 @@ class Pin(Message):
 
 
 class Refused(Message):
-    """The request was not carried out; `code` is for programs, `reason` for people."""
+    """The request was not carried out; `code` is for programs, `reason` for people.
+
+    A `not_now` may be another answer within `passes_s`: to keep asking for so long is worth while.
+    """
 
     code: Literal[
         "malformed",
@@ -373,6 +376,7 @@ class Refused(Message):
         "internal",
     ]
     reason: Text
+    passes_s: Seconds = 0.0
 
 
 class Ack(Message):

@@ -32,7 +32,7 @@ from common.model_files import tokenizer_digest
 from common.recipe.schema import Recipe
 from common.software import software_version
 from common.systemd import Watchdog, notify_ready
-from common.wire import BrokerUnreachable, Client, RefusedError
+from common.wire import PREDECESSOR_S, BrokerUnreachable, Client, RefusedError
 from learner.checkpoint import Checkpoints, Saved, free_bytes
 from learner.engine import Engine
 from learner.export import export_model
@@ -45,7 +45,7 @@ from learner.outcome import kept_outcome
 from learner.prepare import Preparation, Work
 from learner.probe import take_probe
 from learner.push import WeightPush
-from learner.ranks import launched_rank, launched_world, leave_ranks, start_ranks
+from learner.ranks import launch_token, launched_rank, launched_world, leave_ranks, start_ranks
 from learner.step import PolicyStep, StepResult
 
 log = logging.getLogger("slipstream.learner")
@@ -114,7 +114,8 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
 def _connection(address: str, keys: Path | None) -> Client:
     # One peer, several connections: the ranks are one learner to the broker, and their parent is its process.
     pid = os.getppid() if launched_world() > 1 else os.getpid()
-    hello = Hello(role="learner", peer=PEER, software=software_version(), host=socket.gethostname(), pid=pid)
+    host, token = socket.gethostname(), launch_token()
+    hello = Hello(role="learner", peer=PEER, software=software_version(), host=host, pid=pid, process=token)
     return Client(address, hello, keys=keys)
 
 
@@ -133,14 +134,20 @@ def _observer(address: str, keys: Path | None) -> Client:
 
 
 def _patiently(client: Client, message: Message, stop: StopSignal) -> Message:
-    """Send until answered, through outages of the broker and of its disk; a stop signal ends it."""
+    """Send until answered, through outages of the broker and of its disk; a stop signal ends it.
+
+    A learner before us may not be known to be gone yet: it is waited for as long as the broker may need to see that.
+    """
+    started = time.monotonic()
     while not stop.received:
         try:
             return client.request(message, timeout_s=ATTEMPT_S).message
         except BrokerUnreachable as error:
             log.warning("%s; still trying", error)
         except RefusedError as error:
-            if error.code != "full":
+            patience_s = max(PREDECESSOR_S, error.passes_s + 2 * ATTEMPT_S)
+            waits = error.code == "not_now" and time.monotonic() - started < patience_s
+            if error.code != "full" and not waits:
                 raise RunFailedError(f"the broker refused the learner: {error}") from None
             log.warning("%s; still trying", error)
             time.sleep(1.0)

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.messages import Heartbeat, Hello
-from common.wire import Client, RefusedError
+from common.errors import RunFailedError
+from common.messages import Ack, Heartbeat, Hello, Refused
+from common.wire import Client, RefusedError, Reply
+from learner import main as learner_main
 from learner.engine import Update
-from learner.main import _stay_with
+from learner.main import _patiently, _stay_with
 from learner.objective import objective_of
-from learner.ranks import Ranks
+from learner.ranks import Ranks, launch_token
 from learner.step import PolicyStep
 from tests.learner.tiny import tiny_recipe
 from tests.scripted.broker import running_broker, scripted_recipe
@@ -40,3 +42,38 @@ def test_every_update_of_a_step_is_progress() -> None:
     step = PolicyStep(engine, objective_of(tiny_recipe()), None, lambda: signs.append("update"))
     step.run([[], [], []], torch.zeros(1, 4), 3)
     assert len(signs) == 3
+
+
+@pytest.mark.parametrize(("silent_after_s", "welcome"), [(205.0, True), (1e9, False)])
+def test_a_predecessor_is_waited_for_until_the_broker_takes_it_for_dead(
+    monkeypatch: pytest.MonkeyPatch, silent_after_s: float, welcome: bool
+) -> None:
+    clock = [0.0]
+    time = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(learner_main, "time", time)
+
+    def request(message: object, timeout_s: float) -> Reply:
+        clock[0] += timeout_s
+        if clock[0] < silent_after_s:
+            raise RefusedError(Refused(code="not_now", reason="a learner is in the run", passes_s=200.0))
+        return Reply(Ack(), [])
+
+    client, stop = SimpleNamespace(request=request), SimpleNamespace(received=False, is_set=lambda: False)
+    if welcome:
+        assert _patiently(client, Heartbeat(state="joining"), stop) == Ack()
+    else:
+        with pytest.raises(RunFailedError, match="a learner is in the run"):
+            _patiently(client, Heartbeat(state="joining"), stop)
+        assert 200.0 < clock[0] < 300.0
+
+
+def test_the_ranks_of_one_start_have_a_name_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    def token(rank: int, **changes: str) -> str:
+        start = {"RANK": str(rank), "WORLD_SIZE": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"} | changes
+        for name, value in start.items():
+            monkeypatch.setenv(name, value)
+        return launch_token()
+
+    assert token(0) == token(1) != ""
+    assert token(0) != token(0, SLURM_STEP_ID="2"), "started again in the same job"
+    assert token(0, WORLD_SIZE="1") == "", "one rank: the process itself"
