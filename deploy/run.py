@@ -102,9 +102,11 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     from deploy.display import Display
     from deploy.folder import ADDRESS_FILE
     from deploy.launch.supervisor import Supervisor
+    from learner.outcome import forget_starts
 
     address = folder / ADDRESS_FILE
     address.unlink(missing_ok=True)
+    forget_starts(folder)
     display, silence = Display(recipe, folder, quiet=quiet), Silence(recipe.broker.no_progress_s)
     supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.event)
     interrupts = _Interrupts()

@@ -41,7 +41,7 @@ from learner.link import BrokerLink, RankLink
 from learner.metrics import Clock, batch_metrics, finite, update_metrics
 from learner.model import bytes_of_checkpoint, check_model, load_policy, load_reference, load_tokenizer
 from learner.objective import objective_of
-from learner.outcome import kept_outcome
+from learner.outcome import count_start, forget_starts, kept_outcome
 from learner.prepare import Preparation, Work
 from learner.probe import take_probe
 from learner.push import WeightPush
@@ -94,18 +94,25 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
         welcome = _patiently(control, control.hello, stop)
         assert isinstance(welcome, Welcome)
         _stay_with(welcome.run, control, feed)
-        with kept_outcome(Path(welcome.folder)):
+        folder = Path(welcome.folder)
+        with kept_outcome(folder):
             recipe = Recipe.model_validate(welcome.recipe)
             _check_world(recipe)
             if launched_rank() > 0:
                 RankLink(_observer(address, keys), welcome.heartbeat_s)
+            else:
+                count_start(folder, welcome.step, recipe.launch.restarts)
             learner = Learner(recipe, welcome, stop, control, feed)
             try:
                 learner.start(resume)
             except _Stopped:
                 learner.take_leave()
+                forget_starts(folder)
                 raise
-            return learner.run()
+            code = learner.run()
+            if code == 0:
+                forget_starts(folder)
+            return code
     except _Stopped:
         log.info("stopped before training began")
         return 0

@@ -15,6 +15,7 @@ from learner import main as learner_main
 from learner.engine import Update
 from learner.main import _patiently, _stay_with
 from learner.objective import objective_of
+from learner.outcome import count_start, forget_starts
 from learner.ranks import Ranks, launch_token
 from learner.step import PolicyStep
 from tests.learner.tiny import tiny_recipe
@@ -77,3 +78,22 @@ def test_the_ranks_of_one_start_have_a_name_in_common(monkeypatch: pytest.Monkey
     assert token(0) == token(1) != ""
     assert token(0) != token(0, SLURM_STEP_ID="2"), "started again in the same job"
     assert token(0, WORLD_SIZE="1") == "", "one rank: the process itself"
+
+
+def test_a_learner_that_never_gets_past_a_step_is_not_started_for_ever(tmp_path: Path) -> None:
+    """However long each attempt takes, and whoever starts it again."""
+    for step in (0, 7, 3, 7):  # at 3 it was killed soon after it had gone back to its checkpoint
+        count_start(tmp_path, step, 2)
+    with pytest.raises(
+        RunFailedError, match=r"has crashed 3 times at step 7, more often than launch.restarts = 2"
+    ):
+        count_start(tmp_path, 7, 2)
+    count_start(tmp_path, 7, 2)  # somebody has seen to it
+
+
+def test_progress_and_an_orderly_end_forgive_earlier_crashes(tmp_path: Path) -> None:
+    for step in range(10):
+        count_start(tmp_path, step, 1)
+        count_start(tmp_path, step, 1)
+    forget_starts(tmp_path)
+    count_start(tmp_path, 9, 0)
