@@ -21,19 +21,22 @@ from actors.meters import Meters
 from actors.policy import Policy
 from actors.scoring import Score, Scorer
 from common import systemd
-from common.errors import RunFailedError
+from common.errors import EXIT_RESTART, RunFailedError
 from common.messages import (
     Ack,
     EvalJob,
     EvalQuestion,
     EvalResult,
+    Goodbye,
     Heartbeat,
+    Hello,
     Pulse,
     Refused,
     WeightsAddress,
 )
 from common.model_files import tokenizer_digest
-from common.wire import BrokerUnreachable, RefusedError, Reply
+from common.wire import BrokerUnreachable, Client, RefusedError, Reply
+from tests.scripted.broker import running_broker, scripted_recipe
 
 
 class TestPrompts:
@@ -274,6 +277,24 @@ class TestLeaving:
 
 
 class TestJoining:
+    def test_an_engine_that_does_not_start_again_is_tried_again(self, tmp_path, monkeypatch):
+        """Its GPU may not be free yet; a setting that is wrong would not have let it start the first time."""
+
+        def no_memory(**_):
+            raise RunFailedError("vLLM could not start: Free memory on device is less than desired")
+
+        monkeypatch.setattr(actor_main, "Engine", no_memory)
+        for name in ("require_gpu_build", "require_tokenizer", "_use_threads"):
+            monkeypatch.setattr(actor_main, name, lambda _: None)
+        with running_broker(scripted_recipe(tmp_path)) as address:
+            known = Client(address, Hello(role="actor", peer="a", software="0.1.0", host="h", pid=1))
+            known.connect(10.0)
+            known.request(Goodbye(reason="died"), timeout_s=10.0)
+            known.close()
+            assert actor_main.run_actor(address, name="a") == EXIT_RESTART
+            with pytest.raises(RunFailedError, match="Free memory on device"):
+                actor_main.run_actor(address, name="b")
+
     def test_refused_by_the_broker(self, monkeypatch):
         def refuse(self, timeout_s):
             raise RefusedError(Refused(code="incompatible", reason="another version"))
