@@ -179,6 +179,29 @@ def test_an_actor_leaves_when_its_head_is_gone(stage: Stage) -> None:
     assert not stage.calls("scontrol"), "it does not queue again"
 
 
+def test_an_actor_whose_head_waits_in_the_queue_again_queues_behind_it(stage: Stage) -> None:
+    """Nobody knows how long the head will wait; until then its actors would hold GPUs for nothing."""
+    stage.stand_in("squeue", "[ -e started ] && echo '77 PENDING' || echo '77 RUNNING'")
+    stage.stand_in("program", "touch started; " + BROKER)
+    done = stage.play("actors.sbatch")
+    assert "job slipstream-demo waits in the queue again: the actor queues behind it" in done.stdout
+    assert stage.calls("scontrol") == ["requeue 78_3", "update JobId=78_3 Dependency=after:77"]
+    assert len(stage.calls("program")) == 1
+
+
+def test_a_head_that_is_about_to_start_keeps_its_actors(stage: Stage) -> None:
+    """It waits at one look, and runs at the next."""
+    stage.stand_in(
+        "squeue",
+        "echo x >>looks; case $(wc -l <looks) in 1) echo '77 RUNNING' ;; [246]) echo '77 PENDING' ;; "
+        "[35]) echo '77 RUNNING' ;; esac",
+    )
+    stage.stand_in("program", BROKER)
+    done = stage.play("actors.sbatch")
+    assert "is not in the queue any more" in done.stdout, "at the seventh look"
+    assert not stage.calls("scontrol")
+
+
 def test_an_actor_whose_head_is_gone_does_not_even_start(stage: Stage) -> None:
     assert stage.play("actors.sbatch").returncode == 0
     assert not stage.calls("program")
