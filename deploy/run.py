@@ -246,6 +246,7 @@ def _save_work(supervisor: Supervisor, display, interrupts: _Interrupts, patienc
 def _end_in_order(
     supervisor: Supervisor, display, interrupts: _Interrupts, patience_s: float, reason: str
 ) -> None:
+    """Ask the broker to end the run, wait as `_stop` says, then end what is left; a second Ctrl-C does so at once."""
     asked, deadline = False, time.monotonic() + ORDERLY_S
     while interrupts.count < 2 and not supervisor.wait(POLL_S):
         display.refresh()
