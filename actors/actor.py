@@ -85,7 +85,12 @@ class Actor:
         )
         self._wire, self._welcome = wire, welcome
         self._heart = Heart(
-            wire, welcome.heartbeat_s, self._describe, self._on_pulse, recipe.broker.no_progress_s
+            wire,
+            welcome.heartbeat_s,
+            self._describe,
+            self._on_pulse,
+            self._mark,
+            recipe.broker.no_progress_s,
         )
         self._weights_now: WeightsAddress | None = None
         self._evaluation: asyncio.Task[None] | None = None
@@ -179,6 +184,11 @@ class Actor:
             telemetry=self._measure(),
             time=time.time(),
         )
+
+    def _mark(self) -> tuple[int, ...]:
+        """How far the engine has got; see `Heart`."""
+        made = self._meters.counts["generated_tokens"]
+        return made, self._engine.running_tokens, self._evaluator.answered
 
     def _measure(self) -> dict[str, float]:
         weights = dict(self._weights.meters())

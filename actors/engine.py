@@ -160,6 +160,12 @@ class Engine:
         return self.llm.get_num_unfinished_requests()
 
     @property
+    def running_tokens(self) -> int:
+        """Tokens sampled so far of the sequences that still run; a few steps old, see `actors.scheduler`."""
+        states = self.llm.output_processor.request_states.values()
+        return sum(state.detokenizer.num_output_tokens() for state in states)
+
+    @property
     def kv_use(self) -> float:
         """Share of the KV cache that running sequences fill, 0..1; a prompt that samples share counts for each.
 

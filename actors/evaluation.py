@@ -47,13 +47,18 @@ class Answers(NamedTuple):
 
 
 class Evaluator:
-    """Answers evaluation jobs with the running engine."""
+    """Answers evaluation jobs with the running engine.
+
+    Attributes:
+        answered: questions answered and scored so far.
+    """
 
     def __init__(
         self, engine: Engine, prompts: Prompts, scorer: Scorer, policy: Policy, weights: Weights
     ) -> None:
         self._engine, self._prompts, self._scorer = engine, prompts, scorer
         self._policy, self._weights = policy, weights
+        self.answered = 0
 
     async def answer(self, job: EvalJob) -> EvalResult:
         """Greedy and sampled answers to every question, scored."""
@@ -95,6 +100,7 @@ class Evaluator:
             return EvalRow(set=question.set, uid=question.uid, greedy=TOO_LONG, sampled=[])
         samples = [answers.greedy, *answers.sampled]
         scores = await self._scorer.evaluate(question.question, samples)
+        self.answered += 1
         rows = [
             scored(sample, score, text_chars=TEXT_CHARS if keep_text and number < 2 else 0)
             for number, (sample, score) in enumerate(zip(samples, scores, strict=True))

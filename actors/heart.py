@@ -20,7 +20,7 @@ from common.wire import AsyncClient, BrokerUnreachable, RefusedError
 
 log = logging.getLogger("slipstream.actor.heart")
 
-STALLED_S = 900.0  # an engine that finishes no group for so long, and waits for nobody, is hung
+STALLED_S = 900.0  # an engine that samples no token for so long, and waits for nobody, is hung
 
 
 class Heart:
@@ -31,6 +31,8 @@ class Heart:
         interval_s: seconds between heartbeats.
         describe: the next heartbeat.
         on_pulse: called with every answer.
+        mark: how far the engine has got; what equals the one before is no progress. A group or an evaluation may take
+            longer than any limit, so that only single tokens and answers will do.
         blocked_s: seconds without a beat after which all stacks go to standard error.
     """
 
@@ -40,10 +42,11 @@ class Heart:
         interval_s: float,
         describe: Callable[[], Heartbeat],
         on_pulse: Callable[[Pulse], Awaitable[None]],
+        mark: Callable[[], object],
         blocked_s: float = STALLED_S,
     ) -> None:
         self._wire, self._interval_s = wire, interval_s
-        self._describe, self._on_pulse = describe, on_pulse
+        self._describe, self._on_pulse, self._mark = describe, on_pulse, mark
         self._progress = Progress(STALLED_S)
         self._watchdog = Watchdog(self._progress)
         self._ready = False
@@ -75,8 +78,7 @@ class Heart:
 
     async def _beat_once(self) -> None:
         beat = self._describe()
-        tokens = beat.telemetry.get("generated_tokens")
-        self._progress.note(tokens, waiting=beat.waiting_for is not None)
+        self._progress.note(self._mark(), waiting=beat.waiting_for is not None)
         try:
             reply = await self._wire.request(beat, timeout_s=10 + self._interval_s)
         except BrokerUnreachable as error:

@@ -10,6 +10,7 @@ finished, handed back, or taken back by the broker.
 | a second signal, or told to stop | leaves at once, engine included | 0 |
 | the engine died, or a weight swap failed half-way | hands back its leases; a fresh process goes on | 3 |
 | the run was resumed with another recipe | leaves its work; a fresh process samples by that one | 3 |
+| vLLM cannot start, but did before in this run | says why in one sentence; a fresh process tries again | 3 |
 | the broker shuts it out, vLLM cannot start | says why in one sentence | 4 |
 """
 
@@ -31,7 +32,7 @@ from actors.weights import EngineDamagedError
 from common import stacks
 from common.accelerator import require_gpu_build
 from common.errors import EXIT_RESTART, RunFailedError, UserError, report
-from common.messages import Goodbye, Welcome
+from common.messages import Goodbye, Status, StatusQuery, Welcome
 from common.model_files import require_tokenizer, tokenizer_digest
 from common.process import leave
 from common.recipe import Recipe
@@ -58,7 +59,7 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
 
     Raises:
         UserError: `join` is no address, the model cannot be found here, or torch cannot use this machine's GPU.
-        RunFailedError: the broker refuses this actor, or vLLM cannot start.
+        RunFailedError: the broker refuses this actor, or vLLM cannot start and never has under this name.
     """
     stacks.arm()
     name = name or f"{socket.gethostname()}-{os.getpid()}"
@@ -68,7 +69,13 @@ def run_actor(join: str, *, name: str | None = None, keys: Path | None = None) -
     require_tokenizer(recipe.model.path)
     _use_threads(recipe.actor.threads)
     log.info("starting vLLM on %s", recipe.model.path)
-    engine = Engine(**engine_arguments(recipe, name))
+    try:
+        engine = Engine(**engine_arguments(recipe, name))
+    except RunFailedError as error:
+        if not _was_in_the_run(join, name, keys):
+            raise
+        log.error("%s; it has worked here before: a fresh process tries again", error)
+        return EXIT_RESTART
     try:
         return asyncio.run(_live(engine, recipe, join, name, keys))
     except (EngineDamagedError, EngineLostError) as error:
@@ -104,6 +111,18 @@ def _patient_welcome(client: Client) -> Welcome:
             return client.connect(NOTICE_S)
         except BrokerUnreachable as error:
             log.warning("%s; still trying", error)
+
+
+def _was_in_the_run(join: str, name: str, keys: Path | None) -> bool:
+    """Whether an actor of this name has been in the run: its engine has started before, with the same settings."""
+    client = Client(join, hello("observer", f"{name}-starting"), keys=keys)
+    try:
+        status = client.request(StatusQuery(), timeout_s=NOTICE_S).message
+        return isinstance(status, Status) and name in status.status["peers"]
+    except (BrokerUnreachable, RefusedError):
+        return False
+    finally:
+        client.close()
 
 
 def _use_threads(threads: int | None) -> None:

@@ -29,7 +29,7 @@ from broker.state import RunState, load_held_out, load_training_set, rules_of
 from broker.status import snapshot
 from broker.store import MemoryStore
 from common import stacks
-from common.errors import UserError
+from common.errors import EXIT_RESTART, UserError
 from common.keys import apply_server
 from common.messages import EvalQuestion
 from common.process import StopSignal
@@ -49,6 +49,8 @@ def serve(
     stop_event: threading.Event | None = None,
 ) -> int:
     """Serve a run until it has ended; returns the exit code: 0 when it is finished or was stopped.
+
+    An interrupted broker returns 3 (`EXIT_RESTART`): the others wait for it, the run goes on.
 
     Args:
         recipe: resolved, with `run.name` set.
@@ -145,12 +147,12 @@ def _serve(state: RunState, socket: Any, stop: threading.Event | StopSignal, pag
         why = Server(socket, service, stop, page).run()
     finally:
         state.store.close()
-    if why != "interrupted":
-        outcome = "finished" if state.ledger.finished else "stopped"
-        final = snapshot(state, service.ending, None, time.monotonic())
-        state.spool.append("end", state.ledger.step, {"status": outcome, "reason": why, "final": final})
-    else:
-        why = "interrupted; the others wait for it to come back with --resume"
+    if why == "interrupted":
+        log.info("the broker leaves: interrupted; the others wait for it to come back with --resume")
+        return EXIT_RESTART
+    outcome = "finished" if state.ledger.finished else "stopped"
+    final = snapshot(state, service.ending, None, time.monotonic())
+    state.spool.append("end", state.ledger.step, {"status": outcome, "reason": why, "final": final})
     log.info("the broker leaves: %s", why)
     return 0
 

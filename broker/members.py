@@ -6,10 +6,13 @@ that has not said Hello belongs to nobody. Both tables are bounded: strangers co
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from common.messages import Heartbeat, Hello
 
@@ -54,7 +57,11 @@ class Rate:
 
 @dataclass(slots=True)
 class Peer:
-    """A member; `seen` is on the broker's monotonic clock, `joined` a wall-clock time."""
+    """A member; `seen` is on the broker's monotonic clock, `joined` a wall-clock time.
+
+    `here` says that its process was seen among those of this host when it joined: only then does it mean something
+    that it is not there any more.
+    """
 
     name: str
     role: str
@@ -64,6 +71,7 @@ class Peer:
     joined: float
     seen: float
     process: str = ""
+    here: bool = False
     alive: bool = True
     farewell: str = ""
     state: str = "joining"
@@ -81,9 +89,15 @@ class Peer:
     token_rate: Rate = field(default_factory=Rate)
 
     def is_process_of(self, hello: Hello) -> bool:
-        """Whether this is the process that says Hello. The ranks of a learner are several processes and one peer."""
-        same = self.role != "actor" or self.process == hello.process or not self.process
-        return same and self.pid == hello.pid
+        """Whether this is the process that says Hello. The ranks of a learner are several processes of one name."""
+        if self.role == "observer":
+            return self.pid == hello.pid
+        same = self.process == hello.process or not self.process
+        return same and (self.role == "learner" or self.pid == hello.pid)
+
+    def has_ended(self) -> bool:
+        """Whether its process is known to be gone; False where that cannot be seen from here."""
+        return self.here and not psutil.pid_exists(self.pid)
 
     def view(self, now: float) -> dict[str, Any]:
         """What `status` shows of the peer."""
@@ -147,6 +161,7 @@ class Members:
                 joined=time.time(),
                 seen=now,
                 process=hello.process,
+                here=hello.host == socket.gethostname() and psutil.pid_exists(hello.pid),
             )
             if known is not None:
                 peer.bad, peer.groups, peer.tokens = known.bad, known.groups, known.tokens

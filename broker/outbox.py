@@ -47,9 +47,9 @@ class Outbox:
         """Answer with a body of plain values that were validated when they came in (no second validation)."""
         self._replies.append(Outgoing(origin, [encode_plain(kind, origin.request, body)], durable))
 
-    def refuse(self, origin: Origin, code: Any, reason: str) -> None:
-        """Answer that nothing was done, and why."""
-        self.reply(origin, Refused(code=code, reason=reason))
+    def refuse(self, origin: Origin, code: Any, reason: str, passes_s: float = 0.0) -> None:
+        """Answer that nothing was done, and why; `passes_s` as in `Refused`."""
+        self.reply(origin, Refused(code=code, reason=reason, passes_s=passes_s))
 
     def empty(self, *, full: str | None = None) -> list[Outgoing]:
         """Everything to send now; with `full`, durable replies become refusals with that reason."""

@@ -44,7 +44,9 @@ from common.software import compatible, software_version
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
 COMMON_KINDS = ("heartbeat", "goodbye", "stop", "drain", "stacks", "status_query", "group_query")
-SILENT_BEATS = 2.0  # heartbeats missed after which another process may take over an actor's name
+SILENT_BEATS = (
+    2.0  # heartbeats missed after which another process may take over an actor's name; see `_silence_of`
+)
 ABSENT_S = 2.0
 SKEW_S = 60.0  # of a peer's clock: more than a heartbeat that was sent again can be late
 INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
@@ -209,9 +211,9 @@ class Service:
             self.outbox.refuse(origin, "conflict", reason)
             return
         if (earlier := self._predecessor(hello)) is not None:
-            silence = now - earlier.seen
-            if silence < SILENT_BEATS * state.recipe.broker.heartbeat_s:
-                self.outbox.refuse(origin, "not_now", _taken(earlier, silence))
+            silence, limit_s = now - earlier.seen, self._silence_of(earlier)
+            if silence < limit_s and not earlier.has_ended():
+                self.outbox.refuse(origin, "not_now", _taken(earlier, silence, limit_s), passes_s=limit_s)
                 return
             self._remove(earlier, "restarted", "came back as another process", now)
         if hello.tokenizer is not None and state.tokenizer is None:
@@ -226,11 +228,16 @@ class Service:
         self._welcome(origin)
 
     def _predecessor(self, hello: Hello) -> Peer | None:
-        """Another process that is in the run as the actor that says Hello."""
+        """Another process that is in the run as the actor or learner that says Hello."""
         known = self.state.members.peers.get(hello.peer)
-        if known is None or not known.alive or hello.role != "actor" or known.is_process_of(hello):
+        if known is None or not known.alive or hello.role == "observer" or known.is_process_of(hello):
             return None
         return known
+
+    def _silence_of(self, peer: Peer) -> float:
+        """Seconds of silence after which another process may take a name: a second learner rewinds a whole run."""
+        broker = self.state.recipe.broker
+        return broker.dead_after_s if peer.role == "learner" else SILENT_BEATS * broker.heartbeat_s
 
     def _incompatible(self, hello: Hello) -> str | None:
         name = self.state.recipe.run.name
@@ -369,8 +376,11 @@ class Service:
         self.state.evaluations.at(ledger.version, final=ledger.finished)
 
 
-def _taken(earlier: Peer, silence: float) -> str:
-    return (
-        f"an actor called '{earlier.name}' is in the run (process {earlier.pid} on {earlier.host}, heard of "
-        f"{silence:.1f} s ago): give this one another --name, or stop that one"
-    )
+def _taken(earlier: Peer, silence: float, limit_s: float) -> str:
+    where = f"process {earlier.pid} on {earlier.host}, heard of {silence:.1f} s ago"
+    if earlier.role == "learner":
+        return (
+            f"a learner is in the run already ({where}): stop that one, or wait until it has been silent for "
+            f"{limit_s:.0f} s (broker.dead_after_s)"
+        )
+    return f"an actor called '{earlier.name}' is in the run ({where}): give this one another --name, or stop that one"

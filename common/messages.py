@@ -351,7 +351,10 @@ class Pin(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """The request was not carried out; `code` is for programs, `reason` for people."""
+    """The request was not carried out; `code` is for programs, `reason` for people.
+
+    A `not_now` may be another answer within `passes_s`: to keep asking for so long is worth while.
+    """
 
     code: Literal[
         "malformed",
@@ -366,6 +369,7 @@ class Refused(Message, frozen=True):
         "internal",
     ]
     reason: Text
+    passes_s: Seconds = 0.0
 
 
 class Ack(Message, frozen=True):

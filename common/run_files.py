@@ -17,5 +17,6 @@ FIGURE_FILE = "progress.png"
 CHECKPOINTS_FOLDER = "checkpoints"
 EXPORT_FOLDER = "hf"  # of a checkpoint: the model in the format of Hugging Face
 OUTCOME_FILE = "learner.exit"  # the exit code of a rank that a restart does not cure
+STARTS_FILE = "learner.starts"  # how often the learner has started at the step where it stands
 SLURM_FOLDER = "slurm"  # batch files, logs and state of a submitted run
 SLURM_STATE_FILE = "state.json"  # in it

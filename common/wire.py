@@ -58,11 +58,11 @@ class Reply(NamedTuple):
 
 
 class RefusedError(SlipstreamError):
-    """The broker refused a request; `code` is for programs (see `messages.Refused`), the text for people."""
+    """The broker refused a request; `code` and `passes_s` are for programs (see `messages.Refused`), the text for people."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(refused.reason)
-        self.code = refused.code
+        self.code, self.passes_s = refused.code, refused.passes_s
 
 
 class BrokerUnreachable(SlipstreamError):  # noqa: N818 - a state of the world, not a defect

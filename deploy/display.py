@@ -91,9 +91,9 @@ class Display:
         """The first step that was not committed when the broker answered last."""
         return self._watcher.latest and self._watcher.latest["step"]
 
-    def ask_to_stop(self) -> bool:
-        """Ask the broker for an orderly end."""
-        return ask_to_stop(self.folder, self._keys, "stopped by the user")
+    def ask_to_stop(self, reason: str) -> bool:
+        """Ask the broker for an orderly end, for `reason`."""
+        return ask_to_stop(self.folder, self._keys, reason)
 
     def _say_where(self, tracking: dict[str, Any] | None) -> None:
         """Where MLflow shows the run, once it is known."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deploy.launch.supervisor import Supervisor, Worker
 
 POLL_S = 0.1
+SAVE_S = 120.0  # for the learner to write a checkpoint when the broker cannot be asked to end the run
 ORDERLY_S = 6.0  # for the others, once the learner has written its checkpoint and left
 TERM_S = 1.5  # then SIGTERM, then SIGKILL
 END_S = 20.0  # for the others to leave by themselves, once the broker has: it left last
@@ -102,9 +103,11 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
     from common.process import StopSignal
     from deploy.display import Display
     from deploy.launch.supervisor import Supervisor
+    from learner.outcome import forget_starts
 
     address = folder / ADDRESS_FILE
     address.unlink(missing_ok=True)
+    forget_starts(folder)
     display, silence = Display(recipe, folder, quiet=quiet), Silence(recipe.broker.no_progress_s)
     supervisor = Supervisor(_workers(recipe, folder, resume), recipe.launch.restarts, display.say)
     interrupts = StopSignal()  # the first asks for an orderly end, the second for an immediate one
@@ -118,6 +121,8 @@ def run_here(recipe: Recipe, folder: Path, *, resume: bool, quiet: bool) -> int:
                 time.sleep(POLL_S)
             if interrupts.count:
                 return _stop(supervisor, display, interrupts, recipe.broker.dead_after_s)
+            if supervisor.failure is not None:
+                _save_work(supervisor, display, interrupts, recipe.broker.dead_after_s)
         if supervisor.failure is None:
             _let_leave(supervisor, interrupts)
     finally:
@@ -151,12 +156,13 @@ def _workers(recipe: Recipe, folder: Path, resume: bool) -> list[Worker]:
             command(*learn, "--resume"),
             layout.learner,
             folder / "learner.log",
+            needed=True,
         ),
     ]
     for number, share in enumerate(layout.actors):
         name = f"actor-{number}"
         line = command("actor", "--run", run_folder, "--name", name)
-        workers.append(Worker(name, line, line, share, folder / f"{name}.log"))
+        workers.append(Worker(name, line, line, share, folder / f"{name}.log", spare=True))
     # The engine takes longest to start, so actors go first; they wait for the broker's address themselves.
     return workers[2:] + workers[:2]
 
@@ -203,20 +209,44 @@ def _stop(supervisor: Supervisor, display, interrupts: StopSignal, patience_s: f
         "stopping: actors hand back their work, the learner finishes its step and writes a checkpoint; "
         "Ctrl-C again ends everything at once, without it"
     )
+    _end_in_order(supervisor, display, interrupts, patience_s, "stopped by the user")
+    display.say_where()
+    where = "" if display.step is None else f" at step {display.step}"
+    display.say(f"stopped{where}; continue with: {resume_command(display.folder)}")
+    return 130
+
+
+def _save_work(supervisor: Supervisor, display, interrupts: StopSignal, patience_s: float) -> None:
+    """A worker has failed for good: before all are ended, the learner writes down what it has learnt."""
+    failure = supervisor.failure
+    if not display.step or supervisor.left("learner"):
+        return
+    display.say(
+        f"{failure.worker} has failed for good: {failure.message}; the learner still writes a checkpoint"
+    )
+    if not supervisor.left("broker"):
+        _end_in_order(supervisor, display, interrupts, patience_s, f"{failure.worker} failed")
+        return
+    supervisor.ask_to_leave("learner")
+    deadline = time.monotonic() + SAVE_S
+    while not (supervisor.left("learner") or interrupts.count or time.monotonic() > deadline):
+        time.sleep(POLL_S)
+
+
+def _end_in_order(
+    supervisor: Supervisor, display, interrupts: StopSignal, patience_s: float, reason: str
+) -> None:
+    """Ask the broker to end the run, wait as `_stop` says, then end what is left; a second Ctrl-C does so at once."""
     asked, deadline = False, time.monotonic() + ORDERLY_S
     while interrupts.count < 2 and not supervisor.wait(POLL_S):
         display.refresh()
-        asked = asked or display.ask_to_stop()
+        asked = asked or display.ask_to_stop(reason)
         gone = [supervisor.left(name) for name in ("broker", "learner")]
         if asked and not any(gone) and display.broker_silent_s() < patience_s:
             deadline = time.monotonic() + ORDERLY_S
         elif all(gone) or time.monotonic() > deadline:
             break
     supervisor.end(term_s=TERM_S)
-    display.say_where()
-    where = "" if display.step is None else f" at step {display.step}"
-    display.say(f"stopped{where}; continue with: {resume_command(display.folder)}")
-    return 130
 
 
 def _conclude(supervisor: Supervisor, display, folder: Path) -> int:

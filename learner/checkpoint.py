@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -167,8 +168,7 @@ class Checkpoints:
 
     def _complete(self, step: int, partial: Path, target: Path) -> None:
         """Give a written checkpoint its name, once its files are on the disk."""
-        for path in (*partial.rglob("*"), partial):
-            to_disk(path)
+        to_disk(partial)
         self._delete(Saved(step, target))
         partial.rename(target)
         to_disk(self.folder)
@@ -197,7 +197,14 @@ class Checkpoints:
             str(self.folder), tag=partial.name, client_state=state, save_latest=False
         )
         export(partial / EXPORT_FOLDER)
+        self._own_files_to_disk(partial)
         self._ranks.barrier()
+
+    def _own_files_to_disk(self, partial: Path) -> None:
+        """Each rank its own: only the host that wrote a file can, and none shall wait for rank 0 to do it for all."""
+        for path in partial.rglob("*") if self._ranks.leads else partial.glob("*"):
+            if _writer_of(path) == self._ranks.rank:
+                to_disk(path)
 
     def _give_up(self, partial: Path, reason: str) -> None:
         self.failures += 1
@@ -296,6 +303,12 @@ def free_bytes(folder: Path) -> int:
 
 def _folder_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _writer_of(path: Path) -> int:
+    """The rank that writes a file of a checkpoint: DeepSpeed's shards name theirs, all else is rank 0's."""
+    shard = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(shard[1]) if shard else 0
 
 
 def _step_of(path: Path) -> int:

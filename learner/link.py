@@ -190,6 +190,8 @@ class BrokerLink:
             self._take_in(self._client.request(beat, timeout_s=ATTEMPT_S).message)
         except (BrokerUnreachable, RefusedError) as error:
             log.warning("heartbeat: %s", error)
+            if isinstance(error, RefusedError) and error.code == "not_now":  # another learner is in our place
+                self.failure = error
 
     def _ask_status(self) -> None:
         """A wish, not a message that must arrive: a commit shall never wait behind it for long."""

@@ -32,7 +32,7 @@ from common.process import StopSignal
 from common.recipe.schema import Recipe
 from common.run_files import CHECKPOINTS_FOLDER
 from common.systemd import Watchdog, notify_ready
-from common.wire import BrokerUnreachable, Client, RefusedError, hello
+from common.wire import PREDECESSOR_S, BrokerUnreachable, Client, RefusedError, hello
 from learner.allocator import let_segments_grow
 from learner.checkpoint import Checkpoints, Saved, free_bytes
 from learner.engine import Engine
@@ -42,11 +42,11 @@ from learner.link import BrokerLink, RankLink
 from learner.metrics import Clock, batch_metrics, finite, update_metrics
 from learner.model import bytes_of_checkpoint, check_model, load_policy, load_reference, load_tokenizer
 from learner.objective import objective_of
-from learner.outcome import kept_outcome
+from learner.outcome import count_start, forget_starts, kept_outcome
 from learner.prepare import Preparation, Work
 from learner.probe import take_probe
 from learner.push import WeightPush, route_of
-from learner.ranks import launched_rank, launched_world, leave_ranks, start_ranks
+from learner.ranks import launch_token, launched_rank, launched_world, leave_ranks, start_ranks
 from learner.step import PolicyStep, StepResult
 
 log = logging.getLogger("slipstream.learner")
@@ -85,18 +85,25 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
         welcome = _patiently(control, control.hello, stop)
         assert isinstance(welcome, Welcome)
         _stay_with(welcome.run, control, feed)
-        with kept_outcome(Path(welcome.folder)):
+        folder = Path(welcome.folder)
+        with kept_outcome(folder):
             recipe = Recipe.model_validate(welcome.recipe)
             _check_world(recipe)
             if launched_rank() > 0:
                 RankLink(_observer(address, keys), welcome.heartbeat_s)
+            else:
+                count_start(folder, welcome.step, recipe.launch.restarts)
             learner = Learner(recipe, welcome, stop, control, feed)
             try:
                 learner.start(resume)
             except _Stopped:
                 learner.take_leave()
+                forget_starts(folder)
                 raise
-            return learner.run()
+            code = learner.run()
+            if code == 0:
+                forget_starts(folder)
+            return code
     except _Stopped:
         log.info("stopped before training began")
         return 0
@@ -105,7 +112,7 @@ def run_learner(address: str, *, resume: bool = False, keys: Path | None = None)
 def _connection(address: str, keys: Path | None) -> Client:
     # One peer, several connections: the ranks are one learner to the broker, and their parent is its process.
     pid = os.getppid() if launched_world() > 1 else os.getpid()
-    return Client(address, hello("learner", PEER, pid=pid), keys=keys)
+    return Client(address, hello("learner", PEER, pid=pid, process=launch_token()), keys=keys)
 
 
 def _stay_with(run: str, *clients: Client) -> None:
@@ -119,14 +126,20 @@ def _observer(address: str, keys: Path | None) -> Client:
 
 
 def _patiently(client: Client, message: Message, stop: StopSignal) -> Message:
-    """Send until answered, through outages of the broker and of its disk; a stop signal ends it."""
+    """Send until answered, through outages of the broker and of its disk; a stop signal ends it.
+
+    A learner before us may not be known to be gone yet: it is waited for as long as the broker may need to see that.
+    """
+    started = time.monotonic()
     while not stop.is_set():
         try:
             return client.request(message, timeout_s=ATTEMPT_S).message
         except BrokerUnreachable as error:
             log.warning("%s; still trying", error)
         except RefusedError as error:
-            if error.code != "full":
+            patience_s = max(PREDECESSOR_S, error.passes_s + 2 * ATTEMPT_S)
+            waits = error.code == "not_now" and time.monotonic() - started < patience_s
+            if error.code != "full" and not waits:
                 raise RunFailedError(f"the broker refused the learner: {error}") from None
             log.warning("%s; still trying", error)
             time.sleep(1.0)
@@ -175,7 +188,7 @@ class Learner:
         self._restore(resume)
         reference = load_reference(recipe, self._ranks.device) if objective.needs_reference else None
         self._objective = objective
-        self._policy_step = PolicyStep(self._engine, objective, reference)
+        self._policy_step = PolicyStep(self._engine, objective, reference, lambda: self._be("training"))
         if self._told_to_stop():  # nothing is trained yet, and the broker may have left
             raise _Stopped
         self._serve()
@@ -353,10 +366,10 @@ class Learner:
     def _insist_on_a_checkpoint(self) -> Saved | None:
         """Try again until there is room: the last checkpoint is the run's model. None when a signal came first."""
         saved = None
-        while saved is None and not self._ranks.any(self._stop.received):
+        while saved is None and not self._ranks.any(self._stop.is_set()):
             self._be(NO_ROOM, f"room for the last checkpoint in {self._checkpoints.folder}")
             due = time.monotonic() + SAVE_AGAIN_S
-            while not self._ranks.any(self._stop.received or time.monotonic() >= due):
+            while not self._ranks.any(self._stop.is_set() or time.monotonic() >= due):
                 if self._link is not None:
                     self._link.check()
                 time.sleep(POLL_S)

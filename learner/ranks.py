@@ -8,6 +8,7 @@ through DeepSpeed's own groups (gloo on CPU, NCCL on GPU).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -30,6 +31,12 @@ from learner.allocator import keep_freed_memory
 
 log = logging.getLogger("slipstream.learner")
 
+# What tells one start of several ranks from another, and is the same in all of them.
+_STARTED = (
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -46,6 +53,14 @@ def launched_rank() -> int:
     """Our rank, before any process group exists."""
     launched_world()
     return int(os.environ.get("RANK", "0"))
+
+
+def launch_token() -> str:
+    """Names this start of the learner, the same in all of its ranks; empty for one rank, which is a process."""
+    if launched_world() == 1:
+        return ""
+    said = "/".join(os.environ.get(name, "") for name in _STARTED)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _alone(master_port: int) -> Mapping[str, str]:

@@ -11,7 +11,7 @@ pass without gradient over all rows; for Dr. GRPO against the behaviour policy t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -44,12 +44,20 @@ class PolicyStep:
         engine: holds the policy.
         objective: of the recipe.
         reference: frozen base model, required where the objective says so.
+        on_progress: called after each optimizer update, and after each row of the pass before the first.
     """
 
-    def __init__(self, engine: Engine, objective: Objective, reference: PolicyModel | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        reference: PolicyModel | None = None,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engine = engine
         self._objective = objective
         self._reference = reference
+        self._on_progress = on_progress
         self._ranks = engine.ranks
 
     def run(self, updates: Sequence[PreparedUpdate], rewards: Tensor, first_pass: int) -> StepResult:
@@ -74,6 +82,7 @@ class PolicyStep:
             loss = UpdateLoss(self._objective, rows, device, self._step_limit(rows), meter)
             done.append(self._engine.update([row.batch for row in rows], loss))
             metrics = metrics + loss.metrics
+            self._on_progress()
         return StepResult(self._sum_metrics(metrics), self._sum_mismatch(mismatch), done)
 
     # --- the pass before the first update ---------------------------------------------------------------
@@ -107,6 +116,7 @@ class PolicyStep:
             batch = row.batch.to(self._ranks.device)
             with torch.no_grad():
                 reference, _, _ = self._reference(batch, self._engine.temperature)
+        self._on_progress()
         tokens = replace(tokens, prox_logp=logp, old_values=values, ref_logp=reference)
         return row._replace(tokens=tokens, current=row.current.to(self._ranks.device))
 

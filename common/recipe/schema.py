@@ -401,7 +401,9 @@ class LaunchSection(Section):
     actor_cores: PositiveInt | None = Field(
         None, description="Cores per actor on CPU; default: shared out evenly."
     )
-    restarts: NonNegativeInt = Field(5, description="Restarts of one worker before the run is given up.")
+    restarts: NonNegativeInt = Field(
+        5, description="Restarts of one worker before it, or the run, is given up."
+    )
 
 
 class Recipe(Section):

@@ -1,8 +1,8 @@
 """Start, watch, restart and end the processes of a run on one machine.
 
 Invariant: no process outlives the supervisor, whatever way it ends; the first error that a restart does not
-cure ends the run and is what the user reads first. Every worker is started by a command line that a person
-could type, with its output in `<run folder>/<worker>.log`.
+cure is what the user reads first, and it ends the run unless the run can go on without that worker. Every worker
+is started by a command line that a person could type, with its output in `<run folder>/<worker>.log`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from deploy.launch.layout import Share
 
 BACKOFF_S = 1.0
 HEALTHY_S = 120.0  # a worker that has lived so long has its restarts back
+MISSED_S = 60.0  # within which the run ends too, after the orderly end of a worker that it needs
 FATAL = (EXIT_USER_ERROR, EXIT_RUN_FAILED)
 # torch's C++ side prints a stack for every peer that leaves a rendezvous, which is an everyday event here.
 QUIET = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -36,6 +37,8 @@ class Worker:
         command: argument vector of the first start; `again` that of later ones.
         share: cores, threads and GPUs.
         essential: its orderly end (exit 0) ends the run.
+        needed: where the run has not ended `MISSED_S` after its orderly end, it is started again.
+        spare: the run goes on without it while another spare worker is left.
     """
 
     name: str
@@ -44,11 +47,14 @@ class Worker:
     share: Share
     log: Path
     essential: bool = False
+    needed: bool = False
+    spare: bool = False
     process: subprocess.Popen | None = None
     restarts: int = 0
     started: float = 0.0
     not_before: float = 0.0
     ended: bool = False
+    in_order: bool = False
 
 
 @dataclass
@@ -76,6 +82,7 @@ class Supervisor:
     on_event: Callable[[str], None]
     failure: Failure | None = None
     stopping: bool = field(default=False)
+    retired: list[Failure] = field(default_factory=list)
 
     def start(self) -> None:
         """Start every worker."""
@@ -96,6 +103,10 @@ class Supervisor:
 
     def _exited(self, worker: Worker, code: int) -> None:
         end_groups([worker.process], term_s=0.0)  # what it may have left behind
+        if code == 0 and worker.needed and not self.stopping:
+            worker.process, worker.in_order = None, True
+            worker.not_before = time.monotonic() + MISSED_S
+            return
         if code == 0 or self.stopping:
             worker.ended = True
             return
@@ -103,17 +114,36 @@ class Supervisor:
         if time.monotonic() - worker.started > HEALTHY_S:
             worker.restarts = 0
         if code in FATAL or worker.restarts >= self.restarts:
-            self.failure = self.failure or Failure(worker.name, code, message, worker.log)
             worker.ended = True
+            self._failed(worker, Failure(worker.name, code, message, worker.log))
             return
         worker.restarts += 1
         worker.process = None
         worker.not_before = time.monotonic() + BACKOFF_S * worker.restarts
         self.on_event(f"{worker.name} died ({_cause(code)}: {message}); starting it again")
 
+    def _failed(self, worker: Worker, failure: Failure) -> None:
+        """A restart does not help: the run ends, unless the worker was a spare one and another is left."""
+        if not worker.spare:
+            self.failure = self.failure or failure
+            return
+        self.retired.append(failure)
+        left = sum(other.spare and not other.ended for other in self.workers)
+        if not left:
+            self.failure = self.failure or self.retired[0]
+            return
+        cause = f"{_cause(failure.code)}: {failure.message}"
+        self.on_event(
+            f"warning: {worker.name} has failed for good ({cause}); the run goes on with {left} left"
+        )
+
     def _restart_when_due(self, worker: Worker) -> None:
-        if not worker.ended and not self.stopping and time.monotonic() >= worker.not_before:
-            self._spawn(worker, worker.again)
+        if worker.ended or self.stopping or time.monotonic() < worker.not_before:
+            return
+        if worker.in_order:
+            worker.in_order = False
+            self.on_event(f"{worker.name} has left in order, but the run goes on; starting it again")
+        self._spawn(worker, worker.again)
 
     def _spawn(self, worker: Worker, command: list[str]) -> None:
         cores = worker.share.roaming or worker.share.cores
@@ -147,6 +177,12 @@ class Supervisor:
     def left(self, name: str) -> bool:
         """Whether the worker of this name does not run (any more)."""
         return all(w.process is None or w.process.poll() is not None for w in self.workers if w.name == name)
+
+    def ask_to_leave(self, name: str) -> None:
+        """SIGTERM to the worker of this name."""
+        for worker in self.workers:
+            if worker.name == name and worker.process is not None and worker.process.poll() is None:
+                worker.process.terminate()
 
     def wait(self, seconds: float) -> bool:
         """Wait until all workers have left by themselves; False when some have not in time."""

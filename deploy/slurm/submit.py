@@ -157,6 +157,7 @@ def submit_recipe(
     from deploy.slurm.plan import make_plan
     from deploy.slurm.queue import default_limit, require_slurm
     from deploy.slurm.scripts import render
+    from learner.outcome import forget_starts
 
     if not dry_run:
         require_slurm()
@@ -174,6 +175,7 @@ def submit_recipe(
     try:
         _make_keys(recipe)
         _write(folder, scripts)
+        forget_starts(folder)
         if not dry_run:
             _send(plan, finds_addresses)
     except Exception:

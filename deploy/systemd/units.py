@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, UserError
+from common.errors import EXIT_RESTART, EXIT_RUN_FAILED, EXIT_USER_ERROR, UserError
 from common.run_files import RECIPE_FILE
 from deploy.check import RecipeArgument, SetOption
 from deploy.systemd.environment import counted, environments, hub_cache
@@ -157,6 +157,7 @@ def _values(recipe: Recipe, host: Host, program: tuple[str, ...] | None) -> dict
         "actors": host.actors,
         "members": _members(host),
         "fatal_codes": (EXIT_USER_ERROR, EXIT_RUN_FAILED),
+        "restart_code": EXIT_RESTART,
     }
 
 

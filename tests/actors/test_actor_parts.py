@@ -13,25 +13,30 @@ from actor_fakes import FakeEngine, FakeGrader, FakeWeights, a_sample, prompts
 from actors import main as actor_main
 from actors import rollout as rollout_module
 from actors.actor import Actor
+from actors.engine import Engine
 from actors.evaluation import TEXTS_PER_SET, Evaluator
 from actors.heart import Heart
 from actors.leaving import Leaving
 from actors.meters import Meters
 from actors.policy import Policy
 from actors.scoring import Score, Scorer
-from common.errors import RunFailedError
+from common import systemd
+from common.errors import EXIT_RESTART, RunFailedError
 from common.messages import (
     Ack,
     EvalJob,
     EvalQuestion,
     EvalResult,
+    Goodbye,
     Heartbeat,
+    Hello,
     Pulse,
     Refused,
     WeightsAddress,
 )
 from common.model_files import tokenizer_digest
-from common.wire import BrokerUnreachable, RefusedError, Reply
+from common.wire import BrokerUnreachable, Client, RefusedError, Reply
+from tests.scripted.broker import running_broker, scripted_recipe
 
 
 class TestPrompts:
@@ -117,10 +122,12 @@ class TestEvaluation:
 
     def test_answers_every_question_in_order_at_the_pinned_version(self):
         weights = FakeWeights(version=6)
-        result = asyncio.run(self.evaluator(weights).answer(self.job(10)))
+        evaluator = self.evaluator(weights)
+        result = asyncio.run(evaluator.answer(self.job(10)))
         assert (result.job, result.version, result.era) == (9, 6, 2)
         assert [row.uid for row in result.rows] == [str(i) for i in range(10)]
         assert [len(row.sampled) for row in result.rows] == [2] * 10
+        assert evaluator.answered == 10
         assert sum(row.greedy.text is not None for row in result.rows) == TEXTS_PER_SET
         assert weights.pins == 0
 
@@ -167,7 +174,7 @@ class TestHeart:
         async def on_pulse(pulse):
             pulses.append(pulse)
 
-        heart = Heart(Wire(), 0.0, lambda: Heartbeat(state="generating"), on_pulse)
+        heart = Heart(Wire(), 0.0, lambda: Heartbeat(state="generating"), on_pulse, int)
         with pytest.raises(RefusedError):
             asyncio.run(heart.beat())
         return pulses
@@ -192,7 +199,8 @@ class TestHeart:
             pass
 
         async def twice():
-            heart = Heart(Wire(), 1e6, lambda: Heartbeat(state="generating", version=len(beats)), on_pulse)
+            beat = lambda: Heartbeat(state="generating", version=len(beats))  # noqa: E731
+            heart = Heart(Wire(), 1e6, beat, on_pulse, int)
             task = asyncio.create_task(heart.beat())
             while len(beats) < 3:
                 await asyncio.sleep(0)
@@ -201,6 +209,38 @@ class TestHeart:
 
         asyncio.run(asyncio.wait_for(twice(), 30))
         assert [beat.version for beat in beats][:3] == [0, 1, 2]
+
+    @pytest.mark.parametrize("samples", [True, False])
+    def test_a_slow_group_is_progress_and_an_engine_that_samples_nothing_is_not(self, samples, monkeypatch):
+        """Under systemd: responses of half an hour are no reason to kill who samples them."""
+        clock = [0.0]
+        monkeypatch.setattr(systemd, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        shut_out = RefusedError(Refused(code="shut_out", reason="over"))
+        running: dict[str, SimpleNamespace] = {}
+        engine = Engine.__new__(Engine)
+        engine.llm = SimpleNamespace(output_processor=SimpleNamespace(request_states=running))
+
+        class Wire:
+            async def request(self, message, **_):
+                clock[0] += 100.0
+                if samples:
+                    tokens = int(clock[0])
+                    running["r0"] = SimpleNamespace(
+                        detokenizer=SimpleNamespace(num_output_tokens=lambda: tokens)
+                    )
+                if clock[0] > 3000.0:
+                    raise shut_out
+                return Reply(Pulse(step=1, version=1, era=0, weights=None, command="run"), [])
+
+        async def on_pulse(_):
+            pass
+
+        telemetry = {"generated_tokens": 0.0}
+        beat = Heartbeat(state="generating", telemetry=telemetry)
+        heart = Heart(Wire(), 0.0, lambda: beat, on_pulse, lambda: engine.running_tokens)
+        with pytest.raises(RefusedError):
+            asyncio.run(heart.beat())
+        assert heart._progress() is samples
 
 
 class TestLeaving:
@@ -244,6 +284,24 @@ class TestLeaving:
 
 
 class TestJoining:
+    def test_an_engine_that_does_not_start_again_is_tried_again(self, tmp_path, monkeypatch):
+        """Its GPU may not be free yet; a setting that is wrong would not have let it start the first time."""
+
+        def no_memory(**_):
+            raise RunFailedError("vLLM could not start: Free memory on device is less than desired")
+
+        monkeypatch.setattr(actor_main, "Engine", no_memory)
+        for name in ("require_gpu_build", "require_tokenizer", "_use_threads"):
+            monkeypatch.setattr(actor_main, name, lambda _: None)
+        with running_broker(scripted_recipe(tmp_path)) as address:
+            known = Client(address, Hello(role="actor", peer="a", software="0.1.0", host="h", pid=1))
+            known.connect(10.0)
+            known.request(Goodbye(reason="died"), timeout_s=10.0)
+            known.close()
+            assert actor_main.run_actor(address, name="a") == EXIT_RESTART
+            with pytest.raises(RunFailedError, match="Free memory on device"):
+                actor_main.run_actor(address, name="b")
+
     def test_refused_by_the_broker(self, monkeypatch):
         def refuse(self, timeout_s):
             raise RefusedError(Refused(code="incompatible", reason="another version"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -151,6 +152,41 @@ def test_an_actor_that_was_restarted_is_let_in_once_its_predecessor_is_silent(tm
         second.close()
         questions = status(address)["ledger"]["questions"]
         assert (questions["pending_again"], questions["given_up"]) == (2, 0)
+
+
+def test_a_second_learner_does_not_rewind_the_run_of_the_first(tmp_path: Path) -> None:
+    """It has no checkpoint of its own perhaps: welcomed, it would begin again at step 0."""
+    with running_broker(scripted_recipe(tmp_path, broker={"dead_after_s": 200.0})) as address:
+        first = Client(address, hello("learner", "learner", host="node7", pid=1, process="a"))
+        rank = Client(address, hello("learner", "learner", host="node8", pid=2, process="a"))
+        second = Client(address, hello("learner", "learner", host="node7", pid=1, process="b"))
+        first.connect(10.0)
+        rank.connect(10.0)
+        with pytest.raises(
+            RefusedError, match=r"a learner is in the run already \(process 1 on node7"
+        ) as caught:
+            second.connect(1.5)
+        assert (caught.value.code, caught.value.passes_s) == ("not_now", 200.0)
+        assert beat(first).command == "run"
+        first.request(Goodbye(reason="leaving"), timeout_s=10.0)
+        second.connect(10.0)
+        with pytest.raises(RefusedError, match="a learner is in the run already"):
+            first.request(Heartbeat(state="training"), timeout_s=1.5)
+        for client in (first, rank, second):
+            client.close()
+
+
+def test_a_learner_whose_process_is_gone_is_followed_at_once(tmp_path: Path) -> None:
+    killed = subprocess.Popen(["sleep", "1000"])
+    with running_broker(scripted_recipe(tmp_path, broker={"dead_after_s": 200.0})) as address:
+        first = Client(address, hello("learner", "learner", pid=killed.pid, process="a"))
+        first.connect(10.0)
+        killed.kill()
+        killed.wait()
+        second = Client(address, hello("learner", "learner", pid=killed.pid + 1, process="b"))
+        second.connect(20.0)
+        first.close()
+        second.close()
 
 
 def test_a_question_that_kills_every_actor_is_given_up_however_fast_they_come_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from broker import ending
 from broker.fitness import check_bind, check_questions
 from broker.main import serve
-from common.errors import UserError
+from common.errors import EXIT_RESTART, UserError
 from common.keys import make_keys
 from common.messages import Hello, StatusQuery, Stop
 from common.wire import BrokerUnreachable, Client
@@ -39,6 +39,25 @@ def start(worker: ScriptedActor | ScriptedLearner) -> threading.Thread:
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()
     return thread
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [(True, EXIT_RESTART), (False, 0)])
+def test_an_interrupted_broker_does_not_say_that_the_run_is_over(
+    tmp_path: Path, interrupted: bool, code: int
+) -> None:
+    """Launchers take exit code 0 for the end of the run, and end everybody."""
+    recipe, stop, codes = scripted_recipe(tmp_path), threading.Event(), []
+    thread = threading.Thread(
+        target=lambda: codes.append(serve(recipe, run_folder=recipe.folder, stop_event=stop))
+    )
+    thread.start()
+    address = wait_for_broker(recipe.folder)
+    if interrupted:
+        stop.set()
+    else:
+        observer(address).request(Stop(reason="enough"), timeout_s=10.0)
+    thread.join(30.0)
+    assert codes == [code]
 
 
 # --- refused before anything starts ------------------------------------------------------------------------

@@ -77,7 +77,15 @@ def main(folder: Path, units: Path) -> dict[str, object]:
     systemctl("start", "slipstream.target")
     wait(lambda: set(states().values()) == {"active"})
     facts: dict[str, object] = {"started": states()}
-    return facts | killed(folder) | hung(folder) | refused(units) | stopped(folder) | finished(folder)
+    return (
+        facts
+        | killed(folder)
+        | interrupted()
+        | hung(folder)
+        | refused(units)
+        | stopped(folder)
+        | finished(folder)
+    )
 
 
 def install(units: Path, settings: str, *names: str) -> None:
@@ -127,6 +135,15 @@ def killed(folder: Path) -> dict[str, object]:
     back = wait(lambda: show("slipstream-actor@0", "MainPID") not in (before, "0"))
     wait(lambda: len(seen(folder, f"{HOST}-0", "started")) == 2)
     return {"back_after_kill": back, "engine_after_kill": running([engine])}
+
+
+def interrupted() -> dict[str, object]:
+    """SIGTERM to the broker alone: the run is not over, so it comes back, and that is no failure."""
+    before = show("slipstream-broker", "MainPID")
+    os.kill(int(before), signal.SIGTERM)
+    back = wait(lambda: show("slipstream-broker", "MainPID") not in (before, "0"))
+    wait(lambda: show("slipstream-broker", "ActiveState") == "active")
+    return {"back_after_interruption": back}
 
 
 def hung(folder: Path) -> dict[str, object]:

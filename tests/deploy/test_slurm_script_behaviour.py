@@ -56,6 +56,7 @@ class Stage:
             "SLURM_ARRAY_JOB_ID": "78",
             "SLURM_ARRAY_TASK_ID": "3",
             "SLIPSTREAM_LOOK_S": "1",
+            "SLIPSTREAM_MISSED_S": "0",
             "CUDA_VISIBLE_DEVICES": "4,5,6,7",
         }
         return subprocess.run(
@@ -119,6 +120,32 @@ def test_a_learner_that_was_killed_is_started_again(stage: Stage) -> None:
     assert len(stage.calls("srun")) == 1 + load_recipe(stage.recipe).launch.restarts
 
 
+def test_a_learner_that_left_while_the_run_goes_on_is_started_again(stage: Stage) -> None:
+    """`scancel --signal=TERM JOB` reaches the learner alone, which leaves with exit code 0."""
+    stage.stand_in("program", "while [ ! -e over ]; do sleep; done; exit 0")
+    stage.stand_in("srun", "[ ! -e left ] || { touch over; exit 0; }; touch left; exit 0")
+    done = stage.play("head.sbatch")
+    assert done.returncode == 0
+    assert len(stage.calls("srun")) == 2
+    assert "the learner has left in order, but the run goes on" in done.stdout
+
+
+def test_an_interrupted_broker_is_started_again_and_nobody_is_sent_away(stage: Stage) -> None:
+    stage.stand_in("program", "[ ! -e interrupted ] && { touch interrupted; exit 3; }; exit 0")
+    stage.stand_in("srun", "while [ ! -e interrupted ]; do sleep; done; exit 0")
+    done = stage.play("head.sbatch")
+    assert done.returncode == 0
+    assert len(stage.calls("program")) == 2
+    assert "the broker ended with exit code 3: starting it again" in done.stdout
+
+
+def test_the_broker_of_a_learner_that_failed_is_not_started_again(stage: Stage) -> None:
+    stage.stand_in("program", "trap 'exit 3' TERM; while :; do sleep; done")
+    stage.stand_in("srun", "exit 4")
+    assert stage.play("head.sbatch").returncode == 4
+    assert len(stage.calls("program")) == 1
+
+
 def test_at_the_deadline_the_job_queues_again_though_the_learner_still_writes(stage: Stage) -> None:
     stage.stand_in("program", BROKER)
     stage.stand_in("program", "while [ ! -e requeued ]; do sleep; done")
@@ -164,6 +191,29 @@ def test_an_actor_leaves_when_its_head_is_gone(stage: Stage) -> None:
     assert "job slipstream-demo is not in the queue any more: the actor leaves" in done.stdout
     assert len(stage.calls("program")) == 1
     assert not stage.calls("scontrol"), "it does not queue again"
+
+
+def test_an_actor_whose_head_waits_in_the_queue_again_queues_behind_it(stage: Stage) -> None:
+    """Nobody knows how long the head will wait; until then its actors would hold GPUs for nothing."""
+    stage.stand_in("squeue", "[ -e started ] && echo '77 PENDING' || echo '77 RUNNING'")
+    stage.stand_in("program", "touch started; " + BROKER)
+    done = stage.play("actors.sbatch")
+    assert "job slipstream-demo waits in the queue again: the actor queues behind it" in done.stdout
+    assert stage.calls("scontrol") == ["requeue 78_3", "update JobId=78_3 Dependency=after:77"]
+    assert len(stage.calls("program")) == 1
+
+
+def test_a_head_that_is_about_to_start_keeps_its_actors(stage: Stage) -> None:
+    """It waits at one look, and runs at the next."""
+    stage.stand_in(
+        "squeue",
+        "echo x >>looks; case $(wc -l <looks) in 1) echo '77 RUNNING' ;; [246]) echo '77 PENDING' ;; "
+        "[35]) echo '77 RUNNING' ;; esac",
+    )
+    stage.stand_in("program", BROKER)
+    done = stage.play("actors.sbatch")
+    assert "is not in the queue any more" in done.stdout, "at the seventh look"
+    assert not stage.calls("scontrol")
 
 
 def test_an_actor_whose_head_is_gone_does_not_even_start(stage: Stage) -> None:

@@ -18,7 +18,7 @@ from broker import ending
 from common.errors import UserError
 from deploy import run
 from deploy.launch.layout import Share
-from deploy.launch.supervisor import Supervisor, Worker
+from deploy.launch.supervisor import Failure, Supervisor, Worker
 from deploy.stop import stop
 from tests.scripted.actor import ScriptedActor
 from tests.scripted.broker import running_broker, scripted_recipe
@@ -84,7 +84,8 @@ class FakeDisplay:
     def __init__(self, folder: Path, answers: list[bool]) -> None:
         self.folder, self.answers, self.said, self.step = folder, answers, [], 7
 
-    def ask_to_stop(self) -> bool:
+    def ask_to_stop(self, reason: str) -> bool:
+        self.reason = reason
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if answer:
             (self.folder / "asked").touch()
@@ -136,6 +137,29 @@ def test_ctrl_c_waits_for_the_checkpoint_and_for_no_stuck_actor(
     assert "Ctrl-C again ends everything at once" in display.said[0]
     assert display.said[-1].startswith("stopped at step 7; continue with: slipstream run ")
     assert display.said[-1].endswith("--resume")
+
+
+@pytest.mark.parametrize("broker_there", [True, False])
+def test_the_learner_saves_when_another_worker_has_failed_for_good(
+    tmp_path: Path, started: Callable, broker_there: bool
+) -> None:
+    """Asked by the broker or, where that is what has failed, by a signal; it takes longer than TERM_S."""
+    by_signal = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_): time.sleep(1); pathlib.Path('checkpoint').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\ntime.sleep(1000)\n"
+    )
+    if broker_there:
+        supervisor = started({"learner": LEARNER, "broker": BROKER, "actor-0": STUCK})
+    else:
+        supervisor = started({"learner": by_signal, "broker": "raise SystemExit(4)"})
+        until(lambda: supervisor.left("broker") and (tmp_path / "ready").exists())
+    supervisor.failure = Failure("actor-0" if broker_there else "broker", 4, "no memory", tmp_path / "log")
+    display = FakeDisplay(tmp_path, [True])
+    run._save_work(supervisor, display, SimpleNamespace(count=0), 30.0)
+    supervisor.end(term_s=0.1)
+    assert (tmp_path / "checkpoint").exists()
+    assert "failed for good: no memory" in display.said[0]
 
 
 @pytest.mark.parametrize(("presses", "answer"), [(2, True), (1, False)])

@@ -17,9 +17,7 @@ from deploy.run import Silence
 from tests.scripted.wait import alive, until
 
 
-def worker(
-    tmp_path: Path, name: str, code: str, *, essential: bool = False, again: str | None = None
-) -> sv.Worker:
+def worker(tmp_path: Path, name: str, code: str, *, again: str | None = None, **role: bool) -> sv.Worker:
     line = [sys.executable, "-c", code]
     return sv.Worker(
         name,
@@ -27,7 +25,7 @@ def worker(
         [sys.executable, "-c", again] if again else line,
         Share(None, 1),
         tmp_path / f"{name}.log",
-        essential=essential,
+        **role,
     )
 
 
@@ -73,6 +71,46 @@ def test_users_error_is_not_tried_again_and_comes_first(tmp_path: Path) -> None:
     assert supervisor.failure is not None
     assert supervisor.failure.message == "model.path: no such folder"
     assert supervisor.failure.code == 2
+
+
+def test_the_run_goes_on_while_an_actor_is_left(tmp_path: Path) -> None:
+    """One that a restart does not help is retired; the last of them ends the run, with the first one's error."""
+    events: list[str] = []
+    wait = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[0]).exists(): time.sleep(0.02)\n"
+    go = tmp_path / "go"
+    last = wait.replace("sys.argv[0]", repr(str(go))) + "print('error: the second')\nsys.exit(4)\n"
+    workers = [
+        worker(tmp_path, "actor-0", "print('error: no memory'); raise SystemExit(4)", spare=True),
+        worker(tmp_path, "actor-1", last, spare=True),
+        worker(tmp_path, "learner", "import time; time.sleep(1000)"),
+    ]
+    supervisor = sv.Supervisor(workers, 3, events.append)
+    supervisor.start()
+    until(lambda: not supervisor.poll() or events)
+    assert events == [
+        "warning: actor-0 has failed for good (exit code 4: no memory); the run goes on with 1 left"
+    ]
+    go.touch()
+    watch(supervisor)
+    assert supervisor.failure is not None
+    assert (supervisor.failure.worker, supervisor.failure.message) == ("actor-0", "no memory")
+    supervisor.end(term_s=0.1)
+
+
+def test_a_learner_that_left_while_the_run_goes_on_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to it alone: it saves and leaves with exit code 0, and all GPUs would idle."""
+    monkeypatch.setattr(sv, "MISSED_S", 0.05)
+    events: list[str] = []
+    learner = worker(tmp_path, "learner", "pass", again="import time; time.sleep(1000)", needed=True)
+    broker = worker(tmp_path, "broker", "import time; time.sleep(1000)", essential=True)
+    supervisor = sv.Supervisor([learner, broker], 0, events.append)
+    supervisor.start()
+    until(lambda: not supervisor.poll() or events)
+    assert events == ["learner has left in order, but the run goes on; starting it again"]
+    assert not supervisor.left("learner")
+    supervisor.end(term_s=0.1)
 
 
 def test_restarts_run_out(tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ def test_a_killed_actor_comes_back_and_its_engine_does_not_stay(facts):
     assert facts["engine_after_kill"] == []
 
 
+def test_an_interrupted_broker_comes_back(facts):
+    assert facts["back_after_interruption"]
+
+
 def test_the_watchdog_ends_an_actor_without_progress_and_nobody_else(facts):
     assert facts["restarted_after_hang"]
     assert facts["untouched_meanwhile"] == "0"

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,6 +154,33 @@ def test_files_are_on_the_disk_before_the_checkpoint_has_its_name(checkpoints, e
     assert order[3:] == ["renamed", "checkpoints"]
 
 
+@pytest.mark.parametrize(("rank", "files"), [
+    (0, {"zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt", "hf"}),
+    (1, {"bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"}),
+])  # fmt: skip
+def test_each_rank_sees_to_its_own_files_before_it_waits_for_the_others(tmp_path, monkeypatch, rank, files):
+    """Only the host that wrote a file can bring it to the disk, and rank 0 must not keep the others waiting."""
+    order: list[str] = []
+    ranks = SimpleNamespace(
+        rank=rank, leads=rank == 0, device=ALONE.device, gather=lambda values: [values],
+        barrier=lambda: order.append("barrier"),
+    )  # fmt: skip
+    monkeypatch.setattr(checkpoint, "to_disk", lambda path: order.append(path.name))
+    written = Checkpoints(tmp_path, tiny_recipe(), ranks)
+    partial = tmp_path / ".partial-000002"
+
+    def shards(*_: object, **__: object) -> None:
+        (partial / "hf").mkdir(parents=True)
+        for name in ("zero_pp_rank_0", "bf16_zero_pp_rank_1", "zero_pp_rank_10"):
+            (partial / f"{name}_mp_rank_00_optim_states.pt").touch()
+        (partial / "mp_rank_00_model_states.pt").touch()
+
+    engine = SimpleNamespace(deepspeed=SimpleNamespace(save_checkpoint=shards))
+    written._write(engine, 2, partial, lambda folder: None)
+    assert (order[0], order[-1]) == ("barrier", "barrier")
+    assert set(order[1:-1]) == files
+
+
 def test_what_a_crash_left_behind_is_removed_at_the_start(checkpoints, engine):
     checkpoints.save(engine, 2, lambda _: None)
     for name in (".partial-000004", ".deleted-000001"):
@@ -272,11 +300,12 @@ def test_no_run_is_finished_without_its_last_checkpoint(checkpoints, engine, mon
     """The disk is full when the last step is done: the learner waits for room, or for a signal."""
     monkeypatch.setattr(main, "SAVE_AGAIN_S", 0.0)
     monkeypatch.setattr(main, "leave_ranks", lambda ranks: None)
-    stop = SimpleNamespace(received=False)
+    stop = threading.Event()
 
     def somebody_acts() -> None:
         engine.deepspeed.fails = None if freed else OSError(28, "No space left on device")
-        stop.received = not freed
+        if not freed:
+            stop.set()
 
     learner = Learner.__new__(Learner)
     link = learner._link = Link(somebody_acts)

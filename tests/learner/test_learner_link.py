@@ -119,3 +119,11 @@ def test_a_refusal_ends_the_run_with_its_reason(connect) -> None:
     until(lambda: link.failure, "the refusal")
     with pytest.raises(RunFailedError, match="no such step"):
         link.check()
+
+
+def test_a_learner_that_another_has_displaced_ends_and_says_so(connect) -> None:
+    refused = Refused(code="not_now", reason="a learner is in the run already (process 2 on node8)")
+    link = connect(Broker(lambda message: refused))
+    until(lambda: link.failure, "the failure")
+    with pytest.raises(RunFailedError, match="a learner is in the run already"):
+        link.check()

@@ -151,10 +151,21 @@ def test_actors_do_not_outstay_their_head(cluster: Cluster, shared: Path, progra
     monkeypatch.setenv("SLIPSTREAM_LOOK_S", "2")  # sbatch hands it on to the jobs
     folder = send(write_recipe(shared, steps=1000), program, actors=2)
     wait_until(lambda: step_of(folder) > 0 and actors_at_work() == [0, 1], "the run goes", 60)
-    head = read_state(folder).head
-    cluster.requeue(str(head))  # as in preemption: it waits in the queue, and the actors for it
+    state = read_state(folder)
+    head, array = state.head, state.arrays[0]
+    cluster.ask("scontrol", "requeuehold", str(head))  # as in preemption on a full cluster
+
+    def behind() -> list[str]:
+        return cluster.ask("squeue", "--noheader", "--array", f"--jobs={array}", "--format=%T %E").split()
+
+    wait_until(
+        lambda: behind() == ["PENDING", f"after:{head}(unfulfilled)"] * 2, "actors queue behind it", 120
+    )
+    cluster.ask("scontrol", "release", str(head))
+    for label in (f"{array}_0", f"{array}_1", str(head)):
+        cluster.start_again(label)
     wait_until(lambda: len(seen(folder, "learner", "started")) == 2, "the learner is back", 90)
-    assert actors_at_work() == [0, 1]
+    wait_until(lambda: actors_at_work() == [0, 1], "its actors are back", 60)
     queue.cancel([str(head)])
     wait_until(lambda: not queue.queued("slipstream-demo-actors"), "the actors have left", 60)
     assert "the actor leaves" in (folder / "slurm" / "actor-0.log").read_text()
