@@ -62,6 +62,7 @@ class Subject:
 # know comes first.
 CHECKS: dict[str, Callable[[Subject], None]] = {
     "template": lambda subject: check_template(subject.recipe),
+    "objective": lambda subject: check_objective(subject.recipe),
     "addresses": lambda subject: check_addresses(subject.recipe),
     "tracking": lambda subject: check_tracking(subject.recipe),
     "host": lambda subject: check_host(subject.recipe),
@@ -177,6 +178,17 @@ def check_addresses(recipe: Recipe) -> None:
     from broker.fitness import check_bind
 
     check_bind(recipe)
+
+
+def check_objective(recipe: Recipe) -> None:
+    """The parts of the objective go together, and each setting is read by one of them.
+
+    A preset as it stands needs no look, and torch, which takes seconds to load, is left alone.
+    """
+    if recipe.algorithm.model_dump(exclude={"preset"}, exclude_defaults=True):
+        from learner.objective import objective_of
+
+        objective_of(recipe)
 
 
 def check_tracking(recipe: Recipe) -> None:

@@ -259,6 +259,7 @@ def test_every_verb_has_help_that_teaches(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         (["weights.route='nccl'", "launch.device='cpu'"], "weights.route: 'nccl' needs the learner on a GPU"),
+        (["algorithm.loss='reinforce'", "algorithm.dual_clip=3"], "algorithm.dual_clip: has no effect with"),
         (["broker.keys='nokeys'"], "broker.keys: 'nokeys/server.key_secret' does not exist"),
         (["broker.port=PORT", "weights.port=PORT"], "weights.port: port PORT on 127.0.0.1 is broker.port's"),
         (["tracking.uri='localhost:5000'"], "tracking.uri: 'localhost:5000' begins with none of"),

@@ -14,6 +14,7 @@ import random
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from common.messages import (
     Scored,
 )
 from common.stacks import StackAnswers
-from common.wire import Client, RefusedError
+from common.wire import BrokerUnreachable, Client, RefusedError
 
 SOFTWARE = "0.1.0"
 VOCABULARY = 64
@@ -131,7 +132,8 @@ class ScriptedActor:
         try:
             while not self._stopping.is_set():
                 self._work()
-            self._client.request(Goodbye(reason="told to stop"), timeout_s=2.0)
+            with suppress(BrokerUnreachable):  # which may end before it has answered
+                self._client.request(Goodbye(reason="told to stop"), timeout_s=2.0)
         finally:
             self._stopping.set()
             beat.join(5.0)
