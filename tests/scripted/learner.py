@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common import stacks, wire
@@ -33,7 +34,7 @@ from common.messages import (
     WeightsAddress,
 )
 from common.stacks import StackAnswers
-from common.wire import Client, RefusedError
+from common.wire import BrokerUnreachable, Client, RefusedError
 
 SOFTWARE = "0.1.0"
 
@@ -85,7 +86,8 @@ class ScriptedLearner:
             while not self._stopping.is_set():
                 self._step()
             self._save()
-            self._client.request(Goodbye(reason="told to stop"), timeout_s=2.0)
+            with suppress(BrokerUnreachable):  # which may end before it has answered
+                self._client.request(Goodbye(reason="told to stop"), timeout_s=2.0)
         finally:
             self._stopping.set()
             beat.join(5.0)
