@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,10 @@ def _rewards(rows: Sequence[Row]) -> tuple[float, float]:
     curve = [row["reward"] for row in sorted(rows, key=lambda row: row["step"]) if row["kind"] == "train"]
     width = max(1, len(curve) // 10)
     return mean(curve[:width]), mean(curve[-width:])
+
+
+def _part(rows: Sequence[Row], of: Callable[[Sequence[Row]], tuple[float, ...]], index: int) -> float:
+    return of(rows)[index]
 
 
 class Countdown(Study):
@@ -102,10 +107,10 @@ class Countdown(Study):
         )
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        cells = [("", "start", "lowest", "end")]
-        parts = [spread(per_seed(rows, lambda s, i=index: lengths(s)[i]), 1) for index in range(3)]
+        cells: list[tuple[str, ...]] = [("", "start", "lowest", "end")]
+        parts = [spread(per_seed(rows, partial(_part, of=lengths, index=index)), 1) for index in range(3)]
         cells.append(("response length", *parts))
-        rewards = [spread(per_seed(rows, lambda s, i=index: _rewards(s)[i])) for index in range(2)]
+        rewards = [spread(per_seed(rows, partial(_part, of=_rewards, index=index))) for index in range(2)]
         cells.append(("reward", rewards[0], "", rewards[1]))
         return [Table("Mean (range) over seeds", cells)]
 
@@ -181,11 +186,12 @@ def _fit(model: PreTrainedModel, stream: Iterator[Batch], *, steps: int, peak: f
     import torch
     from torch.nn.functional import cross_entropy
 
-    from learner.pretraining.trainer import schedule
+    from learner.schedule import lr_factor
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    factor = lr_factor("cosine", steps // 10, steps)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = peak * schedule(step, steps // 10, steps)
+        optimizer.param_groups[0]["lr"] = peak * factor(step)
         batch = next(stream)
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         losses = cross_entropy(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from studies.curves import at_end, claim, run_curve, score, small_run, spread, units_of
 from studies.figures import COLOURS, NAMES, band, grid
@@ -108,13 +109,15 @@ class DrGrpo(Study):
         )
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        cells = [("objective", "reward", "length", "length, right", "length, wrong", "accuracy")]
+        cells: list[tuple[str, ...]] = [
+            ("objective", "reward", "length", "length, right", "length, wrong", "accuracy")
+        ]
         for name in ALGORITHMS:
             ends = [
-                spread(per_seed(rows, lambda seed, key=key, name=name: at_end(seed, key, algorithm=name)))
+                spread(per_seed(rows, partial(at_end, key=key, algorithm=name)))
                 for key in ("reward", "length", "length_correct", "length_incorrect")
             ]
-            accuracy = spread(per_seed(rows, lambda seed, name=name: score(seed, algorithm=name)))
+            accuracy = spread(per_seed(rows, partial(score, algorithm=name)))
             cells.append((NAMES[name], *ends, accuracy))
         return [Table("At the end of training: mean (range) over seeds", cells)]
 
@@ -127,7 +130,7 @@ class DrGrpo(Study):
             "length_incorrect": "length, wrong",
         }
         for name in ALGORITHMS:
-            style = {"color": COLOURS[name], "label": NAMES[name]}
+            style: dict[str, Any] = {"color": COLOURS[name], "label": NAMES[name]}
             train = [row for row in rows if row["kind"] == "train" and row["algorithm"] == name]
             tests = [row for row in rows if row["kind"] == "eval" and row["algorithm"] == name]
             for axis, key in zip(axes, titles, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from studies.curves import claim, of_base, run_curve, score, small_run, spread, units_of
@@ -112,14 +113,12 @@ class Duet(Study):
         )
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        cells = [("template", *SETS)]
+        cells: list[tuple[str, ...]] = [("template", *SETS)]
         for template in TEMPLATES:
             texts = []
             for name in SETS:
                 first, last = (
-                    spread(
-                        per_seed(rows, lambda s, w=when, t=template, n=name: score(s, w, template=t, set=n))
-                    )
+                    spread(per_seed(rows, partial(score, step=when, template=template, set=name)))
                     for when in ("first", "last")
                 )
                 texts.append(f"{first} → {last}")

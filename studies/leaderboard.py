@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common.recipe import load_recipe
@@ -191,7 +192,8 @@ class Leaderboard(Study):
 def _base_rows(name: str) -> list[Row]:
     """Greedy accuracy of a base model on the benchmarks under each template, graded as its run's evaluations are."""
     recipe = load_recipe(RECIPES[name])
-    sampler, rows = EngineSampler(recipe.model.path), []
+    sampler = EngineSampler(recipe.model.path)
+    rows: list[Row] = []
     try:
         for chosen in CANDIDATES:
             template = get_template(chosen)
@@ -212,19 +214,18 @@ def _base_rows(name: str) -> list[Row]:
 
 
 def _score_table(rows: Sequence[Row]) -> Table:
-    cells = [("model", "base", *(NAMES[algorithm] for algorithm in ALGORITHMS))]
+    cells: list[tuple[str, ...]] = [("model", "base", *(NAMES[algorithm] for algorithm in ALGORITHMS))]
     for name in _sizes(rows):
         base = spread(_before(rows, name))
         ends = [
-            spread(per_seed(rows, lambda s, n=name, a=algorithm: score(s, size=n, algorithm=a)))
-            for algorithm in ALGORITHMS
+            spread(per_seed(rows, partial(score, size=name, algorithm=algorithm))) for algorithm in ALGORITHMS
         ]
         cells.append((name, base, *ends))
     return Table("Accuracy, greedy: mean (range) over seeds", cells)
 
 
 def _benchmark_table(rows: Sequence[Row]) -> Table:
-    cells = [("model", *BENCHMARKS)]
+    cells: list[tuple[str, ...]] = [("model", *BENCHMARKS)]
     for name in _sizes(rows):
         mine = [row for row in rows if row.get("sets") and row["size"] == name]
         for row in mine:
@@ -245,7 +246,7 @@ def _benchmark(rows: Sequence[Row], name: str) -> str:
 
 
 def _category_table(rows: Sequence[Row]) -> Table:
-    cells = [("level", *(f"{category}: before → after" for category in CATEGORIES))]
+    cells: list[tuple[str, ...]] = [("level", *(f"{category}: before → after" for category in CATEGORIES))]
     for level in _levels(rows):
         before, after = (shares(rows, step, level) for step in ("first", "last"))
         cells.append((level, *(f"{100 * before[c]:.1f} → {100 * after[c]:.1f}" for c in CATEGORIES)))
@@ -255,7 +256,7 @@ def _category_table(rows: Sequence[Row]) -> Table:
 def _character_table(rows: Sequence[Row]) -> Table:
     """Table 5: lengths of texts; truncated answers are left out, as there."""
     names = [category for category in CATEGORIES if category != "truncated"]
-    cells = [("category", "before", "after")]
+    cells: list[tuple[str, ...]] = [("category", "before", "after")]
     ends = [_ends(rows, step) for step in ("first", "last")]
     cells += [(category, *(_characters(some, category) for some in ends)) for category in names]
     return Table("Mean length of answers in characters, Dr. GRPO", cells)
@@ -278,9 +279,7 @@ def _draw_scores(axis, rows: Sequence[Row]) -> None:
     names = _sizes(rows)
     bars = [("base", "0.6", [_before(rows, name) for name in names])]
     for algorithm in ALGORITHMS:
-        ends = [
-            per_seed(rows, lambda s, n=name, a=algorithm: score(s, size=n, algorithm=a)) for name in names
-        ]
+        ends = [per_seed(rows, partial(score, size=name, algorithm=algorithm)) for name in names]
         bars.append((NAMES[algorithm], COLOURS[algorithm], ends))
     for index, (label, colour, groups) in enumerate(bars):
         means, ranges = whiskers(groups)

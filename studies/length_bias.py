@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,7 +203,7 @@ def _tells_apart(rewards: torch.Tensor) -> bool:
 
 def _audit_table(rows: Sequence[Row]) -> Table:
     header = ("aggregation", "formula", "own length", "other lengths", "micro-batches", "verdict")
-    cells = [header]
+    cells: list[tuple[str, ...]] = [header]
     for row in _audit(rows):
         verdict = "biased: " + ", ".join(row["biases"]) if row["biases"] else "unbiased"
         numbers = (row["own_length"], row["other_length"], row["splitting"])
@@ -215,11 +216,11 @@ def _audit_table(rows: Sequence[Row]) -> Table:
 
 def _toy_table(rows: Sequence[Row]) -> Table:
     curves = [row for row in rows if row["kind"] == "curve"]
-    cells = [("objective", "reward", "length, wrong", "length, right")]
+    cells: list[tuple[str, ...]] = [("objective", "reward", "length, wrong", "length, right")]
     for name in ALGORITHMS:
         ends = []
         for key in ("reward", "length_incorrect", "length_correct"):
-            values = per_seed(curves, lambda seed, key=key, name=name: final(seed, name, key))
+            values = per_seed(curves, partial(final, algorithm=name, key=key))
             ends.append(f"{sum(values) / len(values):.2f} ({min(values):.2f} - {max(values):.2f})")
         cells.append((NAMES[name], *ends))
     title = f"Tabular policy after training (mean and range over seeds; budget {tabular.BUDGET} tokens)"

@@ -58,7 +58,7 @@ def run_recipe(recipe: str, name: str, root: Path, settings: Mapping[str, Any]) 
 
 def rows_of(records: Iterable[Record]) -> list[Row]:
     """Rows of kind `train` and `eval`; a step that was trained again after a rewind counts once, as it was last."""
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
         values = record.values
         if record.kind == "learner":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from studies.curves import at_end, claim, of_base, run_curve, score, small_run, spread, units_of
 from studies.figures import COLOURS, NAMES, band, grid
@@ -115,12 +116,11 @@ class Pretraining(Study):
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         cells = [("base and objective", "accuracy, start", "accuracy, end", "length, end")]
         for base, algorithm in RUNS:
-            names = {"base": base, "algorithm": algorithm}
+            names: dict[str, Any] = {"base": base, "algorithm": algorithm}
             first, last = (
-                spread(per_seed(rows, lambda seed, when=when, n=names: score(seed, when, **n)))
-                for when in ("first", "last")
+                spread(per_seed(rows, partial(score, step=when, **names))) for when in ("first", "last")
             )
-            length = spread(per_seed(rows, lambda seed, n=names: at_end(seed, "length", **n)), 1)
+            length = spread(per_seed(rows, partial(at_end, key="length", **names)), 1)
             cells.append((f"{base}, {NAMES[algorithm]}", first, last, length))
         return [Table("Mean (range) over seeds", cells)]
 
@@ -130,7 +130,7 @@ class Pretraining(Study):
             chosen = [r for r in rows if (r["kind"], r["base"], r["algorithm"]) == ("eval", base, "dr_grpo")]
             band(left, chosen, "step", "score", marker="o", label=base)
         for algorithm in ("dr_grpo", "grpo"):
-            style = {"color": COLOURS[algorithm], "label": NAMES[algorithm]}
+            style: dict[str, Any] = {"color": COLOURS[algorithm], "label": NAMES[algorithm]}
             mine = [r for r in rows if r["base"] == "numina" and r["algorithm"] == algorithm]
             band(middle, [r for r in mine if r["kind"] == "eval"], "step", "score", marker="o", **style)
             band(right, [r for r in mine if r["kind"] == "train"], "step", "length", smooth=5, **style)

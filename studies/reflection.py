@@ -205,7 +205,7 @@ def _models(rows: Sequence[Row]) -> list[str]:
 
 
 def _counts(rows: Sequence[Row]) -> Table:
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             "model",
             "responses",

@@ -135,7 +135,7 @@ class EndpointSampler:
         max_tokens: int,
         seed: int = 0,
     ) -> list[list[Response]]:
-        sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        sampling: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         if template.stop:
             sampling["stop"] = template.stop
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from studies.curves import RUNS, at_end, claim, run_curve, score, small_run, spread, units_of
 from studies.figures import grid, whiskers
@@ -50,6 +51,10 @@ def _end(rows: Sequence[Row], key: str, staleness: int, correction: str = NONE) 
     return at_end(rows, key, staleness=staleness, correction=correction)
 
 
+def _gain(rows: Sequence[Row], staleness: int, correction: str) -> float:
+    return _end(rows, "reward", staleness, correction) - _end(rows, "reward", staleness)
+
+
 def _seconds(rows: Sequence[Row], clock: str) -> float:
     return mean([row["seconds"] for row in rows if row["kind"] == "clock" and row.get("clock") == clock])
 
@@ -59,10 +64,7 @@ def best_correction_gains(rows: Sequence[Row], age: int = 16) -> list[float]:
 
     Which one is best, the other seeds say: the largest of six in the same seed is above none by chance alone.
     """
-    gains = {
-        name: per_seed(rows, lambda seed, n=name: _end(seed, "reward", age, n) - _end(seed, "reward", age))
-        for name in CORRECTIONS[1:]
-    }
+    gains = {name: per_seed(rows, partial(_gain, staleness=age, correction=name)) for name in CORRECTIONS[1:]}
     found = []
     for index in range(len(next(iter(gains.values())))):
         others = {name: values[:index] + values[index + 1 :] for name, values in gains.items()}
@@ -155,16 +157,16 @@ class Staleness(Study):
         )
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        cells = [
+        cells: list[tuple[str, ...]] = [
             ("correction", "max_staleness", "reward", "accuracy", "ESS", "clipped low", "clipped high", "KL")
         ]
         done = dict.fromkeys((r["correction"], r["staleness"]) for r in rows if "correction" in r)
         for name, age in done:
             keys = ("ratio_ess", "clip_low_mean", "clip_high_mean", "kl_behaviour_mean")
-            where_ = {"correction": name, "staleness": age}
-            texts = [spread(per_seed(rows, lambda s, w=where_: at_end(s, "reward", **w)))]
-            texts.append(spread(per_seed(rows, lambda s, w=where_: score(s, **w))))
-            texts += [spread(per_seed(rows, lambda s, w=where_, k=key: at_end(s, k, **w)), 3) for key in keys]
+            where_: dict[str, Any] = {"correction": name, "staleness": age}
+            texts = [spread(per_seed(rows, partial(at_end, key="reward", **where_)))]
+            texts.append(spread(per_seed(rows, partial(score, **where_))))
+            texts += [spread(per_seed(rows, partial(at_end, key=key, **where_)), 3) for key in keys]
             cells.append((name, str(age), *texts))
         return [Table("At the end of training: mean (range) over seeds", cells), _clock_table(rows)]
 
@@ -233,7 +235,7 @@ def _clock_rows(clock: str, seed: int, setting: Setting) -> list[Row]:
 
 
 def _clock_table(rows: Sequence[Row]) -> Table:
-    cells = [("pipeline", "seconds", "learner idle", "staleness, mean")]
+    cells: list[tuple[str, ...]] = [("pipeline", "seconds", "learner idle", "staleness, mean")]
     for clock in CLOCKS:
         mine = [row for row in rows if row["kind"] == "clock" and row.get("clock") == clock]
         values = [[row[key] for row in mine if row[key] is not None] for key in _CLOCK_KEYS]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -42,7 +42,7 @@ def countdown(size: int, *, seed: int = 0, numbers: int = 3, largest: int = 20) 
     return rows
 
 
-def reward(response: str, question: dict[str, Any]) -> float:
+def reward(response: str, question: Mapping[str, Any]) -> float:
     """Shaped reward in {0, 0.1, 1}; `question` needs `numbers` (list of int) and `answer` (the target)."""
     found = _ANSWER.findall(response) or _BOXED.findall(response)
     if not found:

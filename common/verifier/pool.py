@@ -106,7 +106,7 @@ class VerifierPool:
             max_workers=workers,
             initializer=worker.start,
             initargs=(os.getpid(), level, reward),
-            context=_WorkerContext(),  # type: ignore[arg-type]
+            context=_WorkerContext(),
         )
 
     @classmethod

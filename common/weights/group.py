@@ -170,7 +170,7 @@ def local_address_towards(host: str, port: int) -> str:
 
 
 def _build_gloo(store: dist.Store, rank: int, world: int, timeout: float, host: str | None) -> Any:
-    options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch gives no type of it
+    options = c10d.ProcessGroupGloo._Options()
     options._timeout = datetime.timedelta(seconds=timeout)
     device = c10d.ProcessGroupGloo.create_device(hostname=host) if host else None
     options._devices = [device or c10d.ProcessGroupGloo.create_default_device()]
