@@ -27,6 +27,7 @@ from actors.failure import EngineErrors
 from actors.weights import WEIGHT_WORKER_EXTENSION
 from actors.weights.versions import labels_tokens
 from common.errors import RunFailedError, SlipstreamError
+from common.messages import VersionRun
 from common.recipe import Recipe
 
 log = logging.getLogger("slipstream.actor.engine")
@@ -62,7 +63,7 @@ class Sample:
 
     tokens: np.ndarray
     logprobs: np.ndarray
-    versions: list[tuple[int, int]]
+    versions: list[VersionRun]
     finish: Literal["stop", "length"]
     text: str
 
@@ -163,7 +164,7 @@ class Engine:
     def running_tokens(self) -> int:
         """Tokens sampled so far of the sequences that still run; a few steps old, see `actors.scheduler`."""
         states = self.llm.output_processor.request_states.values()
-        return sum(state.detokenizer.num_output_tokens() for state in states)
+        return sum(_sampled(state) for state in states)
 
     @property
     def kv_use(self) -> float:
@@ -172,7 +173,7 @@ class Engine:
         A few steps old: see `actors.scheduler`.
         """
         states = self.llm.output_processor.request_states.values()
-        made = [(state.prompt_len, state.detokenizer.num_output_tokens()) for state in states]
+        made = [(state.prompt_len, _sampled(state)) for state in states]
         tokens = sum(prompt + new for prompt, new in made if new)  # those without a token still wait
         return min(1.0, tokens / max(1, self.kv_cache_tokens))
 
@@ -340,5 +341,10 @@ def _scoring() -> Any:
     )
 
 
-def _version_runs(completion: Any) -> list[tuple[int, int]]:
-    return [(int(span.version), span.end - span.start) for span in completion.weight_versions]
+def _version_runs(completion: Any) -> list[VersionRun]:
+    return [VersionRun(int(span.version), span.end - span.start) for span in completion.weight_versions]
+
+
+def _sampled(state: Any) -> int:
+    """Tokens sampled so far, of an entry of vLLM's output processor."""
+    return state.detokenizer.num_output_tokens()

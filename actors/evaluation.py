@@ -31,8 +31,13 @@ TOO_LONG = Scored(verdict="truncated", reward=0.0, tokens=0)
 class Weights(Protocol):
     """What an evaluation needs of the weight receiver."""
 
-    cache_salt: str | None
-    lora: Any | None
+    @property
+    def cache_salt(self) -> str | None:
+        """See `WeightReceiver.cache_salt`."""
+
+    @property
+    def lora(self) -> Any | None:
+        """See `WeightReceiver.lora`."""
 
     def pinned(self) -> AbstractAsyncContextManager[int]:
         """Postpones commits while inside; yields the version."""

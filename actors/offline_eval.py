@@ -22,6 +22,7 @@ from common.evaluation import Answer, AnswerFile, Response
 from common.tasks.sets import load_questions
 from common.tasks.templates import get_template
 from common.verifier import VerifierPool
+from common.verifier.grade import Level
 
 # Settings that an answer depends on; the others only say how fast it comes, or how many are asked for.
 _DECISIVE = (
@@ -75,7 +76,7 @@ class EvalPlan:
     temperature: float
     max_tokens: int
     max_context: int
-    level: str
+    level: Level
     dtype: str
     limit: int | None
     seed: int

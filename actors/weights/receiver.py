@@ -218,7 +218,8 @@ class WeightReceiver:
     async def _unless_moved(self, waiting: asyncio.Future[Offer]) -> Offer | None:
         moved = asyncio.ensure_future(self._address_changed.wait())
         try:
-            await asyncio.wait({waiting, moved}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {waiting, moved}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             return waiting.result() if waiting.done() else None
         finally:
             moved.cancel()

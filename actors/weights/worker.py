@@ -11,7 +11,7 @@ collide with the worker's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,6 +31,7 @@ class WeightReceiverExtension:
     device: torch.device
     vllm_config: Any
     model_runner: Any
+    _slipstream_stager: Stager | None
 
     def slipstream_weights_connect(self, spec: dict[str, Any]) -> None:
         """Opens a link under a new name; a former one is given up."""
@@ -45,15 +46,18 @@ class WeightReceiverExtension:
 
     def slipstream_weights_stage(self, offer: dict[str, Any]) -> None:
         """Starts to receive; the outcome appears in the store."""
+        assert self._slipstream_stager is not None  # connected before
         self._slipstream_stager.stage(offer)
 
     def slipstream_weights_commit(self, version: int) -> bool:
         """Swaps in the staged version; the engine must be paused. True when it had been prepared."""
+        assert self._slipstream_stager is not None  # staged before
         staged = self._slipstream_stager.take(version)
         prepared = staged.prepared is not None
         try:
             if staged.manifest.kind == "adapter":
-                load_adapter(self, dict(staged.tensors()), dict(staged.manifest.meta)["adapter_config"])
+                config = cast("dict[str, Any]", dict(staged.manifest.meta)["adapter_config"])
+                load_adapter(self, dict(staged.tensors()), config)
             elif prepared:
                 staged.prepared.swap()
             else:
