@@ -152,7 +152,8 @@ class Checkpoints:
         target = self.folder / _folder_name(step)
         partial = self.folder / f".partial-{step:06d}"
         if not self._has_room(engine):
-            return self._give_up(partial, f"less than {bytes_of_checkpoint(engine.policy) >> 20} MiB free")
+            self._give_up(partial, f"less than {bytes_of_checkpoint(engine.policy) >> 20} MiB free")
+            return None
         try:
             self._write(engine, step, partial, export)
             if self._ranks.leads:
@@ -161,7 +162,8 @@ class Checkpoints:
             if self._ranks.world > 1:
                 raise  # the ranks are out of step: the launcher restarts them from the last checkpoint
             log.debug("writing a checkpoint failed", exc_info=True)
-            return self._give_up(partial, f"{type(error).__name__}: {error}")
+            self._give_up(partial, f"{type(error).__name__}: {error}")
+            return None
         self._ranks.barrier()
         self.failures = 0
         return Saved(step, target)

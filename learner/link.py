@@ -58,7 +58,7 @@ class BrokerLink:
         self._telemetry = Telemetry()
         self._stacks = StackAnswers()
         self._on_actors: Callable[[set[str]], None] = lambda living: None
-        self._state = ("starting", None, time.monotonic())
+        self._state: tuple[str, str | None, float] = ("starting", None, time.monotonic())
         self._meters: Callable[[], dict[str, float]] = dict
         self.version = 0
         self.command = "run"

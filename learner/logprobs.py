@@ -71,17 +71,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 None if grad_logp is None else grad_logp[part],
                 None if grad_entropy is None else grad_entropy[part],
             ).div_(ctx.temperature)
-            if wants_bias:
+            if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight += grad.t() @ hidden[part].to(weight.dtype)
         return (
             grad_hidden,
-            grad_weight.to(weight.dtype) if wants_weight else None,
-            grad_bias.to(bias.dtype) if wants_bias else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
             None,
@@ -156,7 +156,7 @@ class TokenHead(nn.Linear):
 
     chunk_tokens: int = CHUNK_TOKENS
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:

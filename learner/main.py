@@ -386,9 +386,9 @@ class Learner:
         """
         self._be("serving the final weights", "the end of the run")
         patience = self._recipe.broker.final_eval_s + self._recipe.broker.dead_after_s
-        told, deadline = self._link is None, math.inf
+        link, told, deadline = self._link, self._link is None, math.inf
         while not self._told_to_stop() and not self._ranks.any(time.monotonic() > deadline):
-            if not told and (told := self._link.flush(0.0)):
+            if link is not None and not told and (told := link.flush(0.0)):
                 deadline = time.monotonic() + patience
             time.sleep(POLL_S)
         return "finished"

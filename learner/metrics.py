@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -80,7 +80,7 @@ def _staleness(responses: Responses) -> dict[str, float]:
 def update_metrics(result: StepResult, objective: Objective) -> dict[str, float]:
     """What the updates did; parts that the objective does not have are left out."""
     norms = [update.grad_norm for update in result.updates if math.isfinite(update.grad_norm)]
-    absent = () if objective.needs_reference else ("kl_reference",)
+    absent: tuple[str, ...] = () if objective.needs_reference else ("kl_reference",)
     absent += () if objective.correction != "none" else ("correction", "dropped")
     tokens = {
         name: value
@@ -100,7 +100,7 @@ class Clock:
     """Wall-clock seconds per activity since the last call of `metrics`."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
@@ -113,7 +113,7 @@ class Clock:
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Seconds and shares since the last call, for a step that trained `tokens` tokens; then starts anew."""
-        seconds, self.seconds = self.seconds, Counter()
+        seconds, self.seconds = self.seconds, defaultdict(float)
         names = ("waiting", "training", "publishing", "checkpointing")
         metrics = {f"seconds_{name}": seconds[name] for name in names}
         total = sum(metrics.values())

@@ -86,10 +86,11 @@ def with_adapters(lm: nn.Module, recipe: Recipe) -> nn.Module:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    assert recipe.lora is not None
     targets = recipe.lora.target_modules
     config = LoraConfig(
         r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
+        lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]  # peft says int, and only divides it
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",

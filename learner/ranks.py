@@ -97,7 +97,7 @@ def _hidden(package: str) -> Iterator[None]:
     if package in sys.modules:
         yield
         return
-    sys.modules[package] = None  # type: ignore[assignment] - Python's own way to make an import fail
+    sys.modules[package] = None  # type: ignore[assignment]  # Python's own way to make an import fail
     try:
         yield
     finally:

@@ -124,6 +124,7 @@ class PolicyStep:
         tokens, lengths = row.tokens, row.batch.response_lengths
         if row.batch.is_filler:
             return row._replace(tokens=replace(tokens, returns=tokens.old_values))
+        assert tokens.old_values is not None  # the value head's, which `_survey_row` filled in
         penalties = None
         if self._objective.kl_in_reward > 0:
             penalties = kl.token_penalties(

@@ -115,6 +115,7 @@ class _Writer:
 
 
 def _parts(item: MixtureItem) -> list[tuple[str, int]]:
+    assert item.set is not None  # MixtureItem has checked it
     parts = SETS[item.set].parts
     if item.families or item.levels:
         families = item.families or tuple(dict.fromkeys(f for f, _ in parts))
