@@ -89,7 +89,8 @@ class Display:
     @property
     def step(self) -> int | None:
         """The first step that was not committed when the broker answered last."""
-        return self._watcher.latest and self._watcher.latest["step"]
+        status = self._watcher.latest
+        return status["step"] if status else None
 
     def ask_to_stop(self, reason: str) -> bool:
         """Ask the broker for an orderly end, for `reason`."""

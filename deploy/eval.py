@@ -11,13 +11,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from common.errors import RunFailedError, UserError
 from common.run_files import CHECKPOINTS_FOLDER, EXPORT_FOLDER
 from common.tasks.sets import BENCHMARKS
+
+if TYPE_CHECKING:
+    from common.verifier.grade import Level
 
 PAPER_CONTEXT, PAPER_TOKENS = 4096, 3000
 EVAL_ROOT = Path("runs") / "eval"
@@ -112,7 +115,7 @@ def evaluate(
         temperature=temperature,
         max_tokens=budget,
         max_context=context,
-        level=level,
+        level=cast("Level", level),
         dtype=dtype or usual.dtype,
         limit=limit,
         seed=seed,

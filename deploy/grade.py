@@ -13,11 +13,15 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO, cast
 
 import typer
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.verifier.extract import Template
+    from common.verifier.grade import Level
 
 INVALID = "invalid"
 PROGRESS_S = 1.0
@@ -53,7 +57,9 @@ def grade_file(
 
     with ExitStack() as stack:
         source = _source(path, stack)
-        pool = stack.enter_context(VerifierPool(workers, deadline_s, level, template))  # type: ignore[arg-type]
+        pool = stack.enter_context(
+            VerifierPool(workers, deadline_s, cast("Level", level), cast("Template", template))
+        )
         sink = _sink(path, output, stack)
         counts: Counter[str] = Counter()
         progress = _Progress()

@@ -52,7 +52,8 @@ def _parse(name: str) -> GroupId:
 def _responses(header: GroupHeader, reply: Reply, decode: Any) -> list[tuple[str, ...]]:
     ids = np.frombuffer(reply.payload[1], np.int32)
     logps = np.frombuffer(reply.payload[2], np.float32)
-    rows, start = [], 0
+    rows: list[tuple[str, ...]] = []
+    start = 0
     for response in header.responses:
         part = slice(start, start + response.tokens)
         start += response.tokens

@@ -20,6 +20,7 @@ from deploy.check import RecipeArgument, SetOption
 if TYPE_CHECKING:
     from common.process import StopSignal
     from common.recipe import Recipe
+    from deploy.display import Display
     from deploy.launch.supervisor import Supervisor, Worker
 
 POLL_S = 0.1
@@ -181,7 +182,7 @@ class Silence:
         return raised
 
 
-def _keep_stacks(supervisor: Supervisor, display) -> None:
+def _keep_stacks(supervisor: Supervisor, display: Display) -> None:
     silent = display.broker_silent_s()
     try:
         where = f"{supervisor.keep_stacks(display.folder / 'stacks')}-*.txt"
@@ -197,7 +198,7 @@ def _let_leave(supervisor: Supervisor, interrupts: StopSignal) -> None:
         pass
 
 
-def _stop(supervisor: Supervisor, display, interrupts: StopSignal, patience_s: float) -> int:
+def _stop(supervisor: Supervisor, display: Display, interrupts: StopSignal, patience_s: float) -> int:
     """End the run in order, for as long as the learner and the broker are at it; see `broker.ending`.
 
     Args:
@@ -216,9 +217,10 @@ def _stop(supervisor: Supervisor, display, interrupts: StopSignal, patience_s: f
     return 130
 
 
-def _save_work(supervisor: Supervisor, display, interrupts: StopSignal, patience_s: float) -> None:
+def _save_work(supervisor: Supervisor, display: Display, interrupts: StopSignal, patience_s: float) -> None:
     """A worker has failed for good: before all are ended, the learner writes down what it has learnt."""
     failure = supervisor.failure
+    assert failure is not None
     if not display.step or supervisor.left("learner"):
         return
     display.say(
@@ -234,7 +236,7 @@ def _save_work(supervisor: Supervisor, display, interrupts: StopSignal, patience
 
 
 def _end_in_order(
-    supervisor: Supervisor, display, interrupts: StopSignal, patience_s: float, reason: str
+    supervisor: Supervisor, display: Display, interrupts: StopSignal, patience_s: float, reason: str
 ) -> None:
     """Ask the broker to end the run, wait as `_stop` says, then end what is left; a second Ctrl-C does so at once."""
     asked, deadline = False, time.monotonic() + ORDERLY_S
@@ -249,7 +251,7 @@ def _end_in_order(
     supervisor.end(term_s=TERM_S)
 
 
-def _conclude(supervisor: Supervisor, display, folder: Path) -> int:
+def _conclude(supervisor: Supervisor, display: Display, folder: Path) -> int:
     failure = supervisor.failure
     if failure is not None:
         sys.stderr.write(f"error: {failure.worker}: {failure.message}\n(more in {failure.log})\n")

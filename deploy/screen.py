@@ -117,7 +117,7 @@ def _figures(status: Mapping[str, Any]) -> RenderableType:
 
 def _push(status: Mapping[str, Any]) -> str:
     """The newest weight push as its learner saw it."""
-    meters = next(
+    meters: Mapping[str, Any] = next(
         (p["telemetry"] for p in status["peers"].values() if p["role"] == "learner" and p["alive"]), {}
     )
     parts = [

@@ -107,7 +107,7 @@ def find_target(run: str | None, join: str | None, keys: Path | None) -> Target:
         return Target(None, join, keys)
     folder = find_folder(run) if run is not None else newest_folder()
     found = read_address(folder)
-    return Target(folder, found and found["address"], keys or read_recipe(folder).broker.keys)
+    return Target(folder, found["address"] if found else None, keys or read_recipe(folder).broker.keys)
 
 
 def not_running(folder: Path) -> UserError:

@@ -102,6 +102,7 @@ class Supervisor:
         return any(worker.essential and worker.ended for worker in self.workers)
 
     def _exited(self, worker: Worker, code: int) -> None:
+        assert worker.process is not None
         end_groups([worker.process], term_s=0.0)  # what it may have left behind
         if code == 0 and worker.needed and not self.stopping:
             worker.process, worker.in_order = None, True

@@ -190,7 +190,7 @@ def _lengths(
     if headers:
         return Recorded([tuple(r.tokens for r in header.responses) for header in headers], longest)
     histogram = _histogram(folder)
-    if histogram is not None and sum(histogram):
+    if histogram is not None and any(histogram):
         return Recorded(_spread_out(histogram, longest), longest)
     return LogNormal(fmean(points.values("learner", "length")), longest)
 

@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -398,7 +399,7 @@ class _Run:
             else:
                 self._groups += 1
                 self._group_seconds += self._now - job.since
-                self._at(self._now + self._rates.hand_over_s, lambda job=job: self._publish(actor, job))
+                self._at(self._now + self._rates.hand_over_s, partial(self._publish, actor, job))
         self._schedule(actor)
         self._engines_changed()
         self._ask(actor)
@@ -458,8 +459,8 @@ class _Run:
         if step < self.ledger.last_step:
             self._wanted = step + 1
         jobs = [self._jobs.pop(group.key) for group in groups if group.state == State.TAKEN]
-        tokens = sum(sum(job.lengths) + len(job.lengths) * self._workload.prompt_tokens for job in jobs)
-        tokens = round(tokens * self._recipe.algorithm.epochs)
+        once = sum(sum(job.lengths) + len(job.lengths) * self._workload.prompt_tokens for job in jobs)
+        tokens = round(once * self._recipe.algorithm.epochs)
         work = self._rates.train_fixed_s + self._rates.train_token_s * tokens
         self._training = _Training(
             step, jobs, tokens, self._now - self._idle_since, self._now, work, self._now
@@ -500,7 +501,7 @@ class _Run:
         if self._workload.eval_sequences and version % self._recipe.eval.every == 0:
             self._evaluation = version
         for actor in self.actors:
-            self._at(self._now + self._rates.push_s, lambda actor=actor: self._arrive(actor, version))
+            self._at(self._now + self._rates.push_s, partial(self._arrive, actor, version))
         due = version % self._recipe.learner.checkpoint_every == 0
         self._saving = due and self._rates.checkpoint_s > 0
         if self._saving:

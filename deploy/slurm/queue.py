@@ -23,7 +23,7 @@ class Task(NamedTuple):
     """One entry of the queue; `index` is None for a job that is no array."""
 
     job: int
-    index: int | None
+    index: int | None  # type: ignore[assignment]  # a tuple's method of that name is of no use here
     state: str
 
     @property
