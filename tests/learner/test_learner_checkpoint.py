@@ -334,7 +334,7 @@ def test_the_broker_has_its_time_to_evaluate_from_when_it_knows_of_the_last_step
         check=lambda: None, command="run", be=lambda *said: None, flush=lambda seconds: answers.pop(0)
     )
     learner._recipe, learner._ranks = tiny_recipe(broker={"final_eval_s": 50.0, "dead_after_s": 10.0}), ALONE
-    learner._stop = SimpleNamespace(received=False)
+    learner._stop = threading.Event()
     clock = itertools.count(0.0, 25.0)
     monkeypatch.setattr(
         main, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
