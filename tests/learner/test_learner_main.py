@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_predecessor_is_waited_for_until_the_broker_takes_it_for_dead(
             raise RefusedError(Refused(code="not_now", reason="a learner is in the run", passes_s=200.0))
         return Reply(Ack(), [])
 
-    client, stop = SimpleNamespace(request=request), SimpleNamespace(received=False, is_set=lambda: False)
+    client, stop = SimpleNamespace(request=request), threading.Event()
     if welcome:
         assert _patiently(client, Heartbeat(state="joining"), stop) == Ack()
     else:
