@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
