@@ -86,7 +86,7 @@ def test_a_run_on_slurm_is_not_resumed_on_another_host(tmp_path: Path) -> None:
     here = {"broker": {"bind": "192.0.2.1"}, "weights": {"bind": "192.0.2.1"}}
     recipe = scripted_recipe(tmp_path, **here)
     said = r"^broker\.bind: '192\.0\.2\.1' is not an address of this machine"
-    with pytest.raises(UserError, match=f"{said}\\.$"):
+    with pytest.raises(UserError, match=f"{said}$"):
         preflight.check_host(recipe)
     (recipe.folder / SLURM_FOLDER).mkdir(parents=True)
     write_state(recipe.folder, State(run="test", head=1))

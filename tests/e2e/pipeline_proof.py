@@ -20,11 +20,11 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # this test sends a funct
 import torch
 
 from actors.engine import Engine, Sampling, engine_arguments
-from actors.main import Actor, _hello
+from actors.main import Actor
 from common.recipe import Recipe, load_recipe
 from common.tasks import minimath
 from common.tasks.templates import get_template
-from common.wire import AsyncClient
+from common.wire import AsyncClient, hello
 from deploy.folder import wait_for_address
 from tests.scripted.wait import until
 
@@ -108,7 +108,7 @@ class KeptActor(Actor):
 
 async def act(engine: Engine, recipe: Recipe, address: str) -> dict[str, object]:
     """Be the run's only actor until the run ends, then describe the engine."""
-    wire = AsyncClient(address, _hello("actor", "actor-0", run=recipe.run.name))
+    wire = AsyncClient(address, hello("actor", "actor-0", run=recipe.run.name))
     await engine.warm_up()
     actor = KeptActor(engine, recipe, wire, "actor-0", await wire.connect(None))
     way = await actor.live()
