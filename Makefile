@@ -16,7 +16,7 @@ demo: setup ## Train a small model with every real part; about 5 minutes on 2 co
 	@$(BIN)/slipstream run recipes/demo.toml --fresh
 
 test: setup ## Run the tests, real engines included
-	@$(BIN)/python -m pytest -q -m "not nightly and not slurm"
+	@$(BIN)/python -m pytest -q -m "not nightly and not slurm" -n 2 --dist loadfile
 
 nightly: setup ## Run everything, the long tests too
 	@tests/slurm/install.sh

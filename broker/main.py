@@ -39,6 +39,8 @@ from common.systemd import notify_ready
 
 log = logging.getLogger("slipstream.broker")
 
+LAST_WORDS_MS = 500  # for the replies to those that asked last
+
 
 def serve(
     recipe: Recipe,
@@ -90,8 +92,8 @@ def serve(
         return _serve(state, socket, stop, page)
     finally:
         if socket is not None:
-            # Before the authenticator: a handshake that waits for it would block the end.
-            socket.close(linger=0)
+            # The last replies still get out. Before the authenticator: a handshake that waits for it would block the end.
+            socket.close(linger=LAST_WORDS_MS)
         if authenticator is not None:
             authenticator.stop()
         context.destroy(linger=0)

@@ -35,7 +35,7 @@ def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
         torchrun's own code.
     """
     forget_outcome(folder)
-    stop = StopSignal()
+    stop, told = StopSignal(), set[int]()
     torchrun = subprocess.Popen(
         [
             # -P: a `torch.py` of the working directory is not torch.
@@ -57,7 +57,7 @@ def run_ranks(ranks: int, program: Sequence[str], folder: Path) -> int:
             code = torchrun.wait(POLL_S)
             break
         if stop.is_set():
-            _signal_ranks(torchrun.pid)  # again and again: a rank that is still importing does not listen yet
+            _tell_ranks(torchrun.pid, told)
     if code == 0:
         return 0
     return read_outcome(folder) or max(code, 1)
@@ -70,8 +70,25 @@ def _prepare() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _signal_ranks(torchrun: int) -> None:
+def _tell_ranks(torchrun: int, told: set[int]) -> None:
+    """SIGTERM to each rank, once and as soon as it listens; `told` has those that were sent it.
+
+    One that is still importing would miss it, and one that is on its way out, where Python listens no more, would die of
+    a second.
+    """
     with suppress(psutil.NoSuchProcess):
         for rank in psutil.Process(torchrun).children():
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGTERM)
+            if rank.pid not in told and _listens(rank.pid):
+                told.add(rank.pid)
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGTERM)
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process handles SIGTERM; False where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    handled = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(handled >> (signal.SIGTERM - 1) & 1)

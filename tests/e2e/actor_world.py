@@ -17,7 +17,7 @@ import numpy as np
 import zmq
 
 from common.codec import decode, encode
-from common.messages import Ack, Assignment, EvalJob, Grant, GroupId, Message, Publish, Pulse, Welcome
+from common.messages import Ack, Assignment, EvalJob, Grant, GroupId, Message, Publish, Pulse, Status, Welcome
 from tests.scripted import wait
 
 EOS = 0
@@ -148,6 +148,9 @@ class ScriptedBroker:
             heartbeat_s=self.recipe["broker"]["heartbeat_s"],
             resumed=False,
         )
+
+    def _status_query(self, message: Any, payload: list[bytes]) -> Message:
+        return Status(status={"peers": {}})
 
     def _heartbeat(self, message: Any, payload: list[bytes]) -> Message:
         return Pulse(

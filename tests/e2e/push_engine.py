@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -131,9 +132,12 @@ def prompts(count: int, seed: int = 0) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def token_logprobs(model: torch.nn.Module, response: Response, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probability of every response token under `model` given all tokens before it, shape (T,)."""
+    """Log-probability of every response token under `model` given all tokens before it, shape (T,).
+
+    In float64: what then differs is the engine's own rounding, which depends on the machine's kernels.
+    """
     ids = torch.tensor([response.prompt + response.tokens])
-    logits = model(ids).logits[0, len(response.prompt) - 1 : -1].float() / temperature
+    logits = copy.deepcopy(model).double()(ids).logits[0, len(response.prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(response.tokens)[:, None])[:, 0]
 
 
