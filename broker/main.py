@@ -39,7 +39,7 @@ from common.systemd import notify_ready
 
 log = logging.getLogger("slipstream.broker")
 
-LAST_WORDS_MS = 500  # for the replies to those that asked last
+LAST_WORDS_S = 0.3  # for those that asked last to read the reply
 
 
 def serve(
@@ -92,8 +92,8 @@ def serve(
         return _serve(state, socket, stop, page)
     finally:
         if socket is not None:
-            # The last replies still get out. Before the authenticator: a handshake that waits for it would block the end.
-            socket.close(linger=LAST_WORDS_MS)
+            # Before the authenticator: a handshake that waits for it would block the end.
+            socket.close(linger=0)
         if authenticator is not None:
             authenticator.stop()
         context.destroy(linger=0)
@@ -156,6 +156,8 @@ def _serve(state: RunState, socket: Any, stop: threading.Event | StopSignal, pag
     final = snapshot(state, service.ending, None, time.monotonic())
     state.spool.append("end", state.ledger.step, {"status": outcome, "reason": why, "final": final})
     log.info("the broker leaves: %s", why)
+    # A peer's socket forgets what it has received and not read when the connection ends (ZMQ_IMMEDIATE).
+    time.sleep(LAST_WORDS_S)
     return 0
 
 
