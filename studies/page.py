@@ -38,8 +38,8 @@ What a miniature shows, it shows of the miniature. In the studies that train (`d
 another seed of questions and sampling from the same base model (in `countdown` from another): the intervals say nothing
 about other base models or other held-out questions. In the studies that only sample (`templates`, `exploration`, `reflection`) it is another
 pretraining, measured on the same questions. *After the run* says what was tried and the probable reason where a
-miniature did not confirm. Base models are made first, about a minute of one core each, and kept in `studies/out/zoo`
-for all studies; the minutes below are without. Minutes are of one core, an upper bound where others used the machine.
+miniature did not confirm. Base models are made first, one to two minutes of one core each, and kept in `studies/out/zoo`
+for all studies (those of the miniatures below computed in bfloat16, today's in float32); the minutes below are without. Minutes are of one core, an upper bound where others used the machine.
 In the figures lines are means over seeds, bands one standard deviation, whiskers the range over seeds.
 
 With `--full` the protocol is the paper's: 500 questions of MATH's training set to probe with, 100 of each level (the
