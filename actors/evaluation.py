@@ -21,9 +21,8 @@ from common.messages import EvalJob, EvalQuestion, EvalResult, EvalRow, Scored
 
 log = logging.getLogger("slipstream.actor.evaluation")
 
-TEXTS_PER_SET = (
-    4  # questions of a set of which two answers are kept as text, the greedy one and a sampled one
-)
+# Questions of a set of which two answers are kept as text, the greedy one and a sampled one.
+TEXTS_PER_SET = 4
 TEXT_CHARS = 8000  # kept of an answer: all answers of an evaluation travel in one message
 TOO_LONG = Scored(verdict="truncated", reward=0.0, tokens=0)
 

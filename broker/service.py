@@ -44,9 +44,8 @@ from common.software import compatible, software_version
 ACTOR_KINDS = ("lease", "publish", "release", "eval_result")
 LEARNER_KINDS = ("rewind", "serve", "take", "fetch", "commit", "pin")
 COMMON_KINDS = ("heartbeat", "goodbye", "stop", "drain", "stacks", "status_query", "group_query")
-SILENT_BEATS = (
-    2.0  # heartbeats missed after which another process may take over an actor's name; see `_silence_of`
-)
+# Heartbeats missed after which another process may take over an actor's name; see `_silence_of`.
+SILENT_BEATS = 2.0
 ABSENT_S = 2.0
 SKEW_S = 60.0  # of a peer's clock: more than a heartbeat that was sent again can be late
 INTAKE = ("lease", "publish", "take", "commit", "rewind", "eval_result")
